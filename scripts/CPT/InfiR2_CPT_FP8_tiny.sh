@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The quickstart's continual pre-training: the recipe's three phases on a model of 4 M parameters, on one CPU or GPU.
+#
+#   bash scripts/quickstart.sh       # makes the data and the base model, then runs this and its BF16 control
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../lib/cpt.sh"
+
+NAME=${NAME:-InfiR2_CPT_FP8_tiny}
+RUN_DIR=$OUTPUT_ROOT/$NAME
+require HF_CHECKPOINT "Hugging Face folder of the tiny base model: shape and tokenizer"
+use_model tiny "$HF_CHECKPOINT"
+use_precision "${PRECISION:-fp8}"
+
+# One step is 16 sequences of 128 tokens = 2,048 tokens; 600 steps = 1.2 M tokens, less than one epoch.
+SEQ_LENGTH=128 GLOBAL_BATCH=16 MICRO_BATCH=16
+NPROC=1 TP=1 PP=1 CP=1
+WARMUP_ITERS=40 TRAIN_ITERS=600 DECAY_ITERS=200
+LR=2e-3 MIN_LR=2e-4
+SEED=1236
+SAVE_INTERVAL=200 EVAL_INTERVAL=50 EVAL_ITERS=16
+
+require REF_LOAD "torch_dist folder of the tiny base model"
+start_from_base "$REF_LOAD"
+launch_cpt "$@"

@@ -1,0 +1,63 @@
+# shellcheck shell=bash
+# Shared by every script: messages, required settings, the Python to run, dry run. Source it; do not run it.
+set -euo pipefail
+
+REPO_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+OUTPUT_ROOT=${OUTPUT_ROOT:-$REPO_ROOT/exp}
+export PYTHONPATH=$REPO_ROOT/training${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+# The project's own environment where set-up made one, else the python on PATH (a container, a cluster's module).
+if [[ -z ${PYTHON:-} ]]; then
+    if [[ -x $REPO_ROOT/.venv/bin/python ]]; then PYTHON=$REPO_ROOT/.venv/bin/python; else PYTHON=python3; fi
+fi
+
+log() { printf '[%s] %s\n' "${0##*/}" "$*" >&2; }
+die() {
+    log "error: $*"
+    exit 2
+}
+
+# require VAR MEANING: stop, before anything is started, if the user has not set VAR.
+require() { [[ -n ${!1:-} ]] || die "set $1: $2"; }
+
+# read_words ARRAY COMMAND...: the command's output, one word a line, into ARRAY; its failure is ours.
+read_words() {
+    local -n words=$1
+    local output
+    output=$("${@:2}") || exit 2
+    # shellcheck disable=SC2034 # words is the caller's array
+    mapfile -t words <<<"$output"
+}
+
+gpu_count() {
+    if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true; else echo 0; fi
+}
+
+# use_backend NPROC: set BACKEND (cpu or gpu) and refuse where this node cannot run NPROC processes.
+# INFIR2_BACKEND=cpu runs on the CPU of a GPU machine.
+use_backend() {
+    local gpus
+    gpus=$(gpu_count)
+    BACKEND=${INFIR2_BACKEND:-}
+    if [[ -z $BACKEND ]]; then if ((gpus > 0)); then BACKEND=gpu; else BACKEND=cpu; fi; fi
+    export INFIR2_BACKEND=$BACKEND
+    [[ ${DRY_RUN:-0} == 1 ]] && return
+    if [[ $BACKEND == gpu ]] && ((gpus < $1)); then die "this run needs $1 GPUs on each node, found $gpus; set NPROC"; fi
+    if [[ $BACKEND == cpu ]] && (($1 > 2)); then
+        die "this run needs $1 GPUs on each node, found $gpus; scripts/quickstart.sh runs on a CPU"
+    fi
+}
+
+# run WORD...: keep the exact command and commit beside the run, then run it. DRY_RUN=1 prints the command instead.
+run() {
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        printf '%q ' "$@"
+        echo
+        return
+    fi
+    mkdir -p "$RUN_DIR"
+    printf '%q ' "$@" >"$RUN_DIR/command.sh"
+    git -C "$REPO_ROOT" describe --always --dirty >"$RUN_DIR/commit" 2>/dev/null || echo "not a git checkout" >"$RUN_DIR/commit"
+    log "run directory: $RUN_DIR"
+    "$@"
+}

@@ -1,0 +1,97 @@
+# shellcheck shell=bash
+# Continual pre-training on Megatron. A script sets the numbers, where to start, and calls: launch_cpt "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/model.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/precision.sh"
+
+# start_from_base FOLDER: the first launch begins with these weights (torch_dist); later ones resume this run.
+start_from_base() { START_ARGS=(--load "$RUN_DIR/checkpoints" --pretrained-checkpoint "$1"); }
+
+# branch_from RUN ITERATION STEPS: the first launch continues RUN from ITERATION, optimizer included, for STEPS more;
+# later ones resume this run. The data index keeps RUN's length, so that the branch sees what RUN would have seen.
+branch_from() {
+    TRAIN_ITERS=$(($2 + $3))
+    START_ARGS=(
+        --load "$OUTPUT_ROOT/$1/checkpoints" --ckpt-step "$2" --override-opt_param-scheduler
+        --data-index-iters "$PARENT_TRAIN_ITERS"
+    )
+}
+
+# branch_iteration WORD...: the iteration in a documented `--load .../iter_0035000` among the words, or nothing.
+branch_iteration() {
+    local word
+    for word in "$@"; do
+        if [[ $word =~ (^|/)iter_0*([1-9][0-9]*)/?$ ]]; then echo "${BASH_REMATCH[2]}"; fi
+    done
+}
+
+# launch_cpt [FLAG...]: Megatron's flags given here come last, so they win. --nnodes and --rdzv_endpoint go to torchrun.
+launch_cpt() {
+    require DATA_DIR "folder that tools/prepare_data.py cpt wrote: train and valid, .bin and .idx"
+    take_launcher_flags "$@"
+    use_backend "$NPROC"
+    backend_args
+    local args=(
+        "${MODEL_ARGS[@]}" "${PRECISION_ARGS[@]}" "${BACKEND_ARGS[@]}"
+        --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
+        --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH"
+        --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
+
+        --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style WSD --lr-wsd-decay-style cosine
+        --train-iters "$TRAIN_ITERS" --lr-warmup-iters "$WARMUP_ITERS" --lr-wsd-decay-iters "$DECAY_ITERS"
+        --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --seed "$SEED"
+
+        --train-data-path "$DATA_DIR/train" --valid-data-path "$DATA_DIR/valid"
+        --data-cache-path "$OUTPUT_ROOT/data_cache" --no-create-attention-mask-in-dataloader
+
+        --save "$RUN_DIR/checkpoints" --save-interval "${SAVE_INTERVAL:-1000}" "${START_ARGS[@]}"
+        --eval-interval "${EVAL_INTERVAL:-100}" --eval-iters "${EVAL_ITERS:-10}"
+        --log-interval 1 --log-throughput --log-timers-to-tensorboard --tensorboard-dir "$RUN_DIR/tensorboard"
+    )
+    if ((TP > 1)); then args+=(--sequence-parallel); fi
+    if [[ -n ${WANDB_PROJECT:-} ]]; then
+        export WANDB_MODE=${WANDB_MODE:-offline}
+        args+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$NAME" --wandb-save-dir "$RUN_DIR/wandb")
+    fi
+    launcher
+    run "${LAUNCHER[@]}" -m infir2.pretrain "${args[@]}" "${FLAGS[@]}"
+}
+
+# take_launcher_flags WORD...: split the user's words into torchrun's (NNODES, RDZV_ENDPOINT) and FLAGS for Megatron.
+take_launcher_flags() {
+    FLAGS=()
+    while (($#)); do
+        case $1 in
+            --nnodes=* | --rdzv_endpoint=* | --rdzv-endpoint=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+            --nnodes) NNODES=$2 && shift 2 ;;
+            --rdzv_endpoint | --rdzv-endpoint) RDZV_ENDPOINT=$2 && shift 2 ;;
+            *) FLAGS+=("$1") && shift ;;
+        esac
+    done
+}
+
+# backend_args: what only the machine decides. On a CPU infir2.backend adds its own flags.
+backend_args() {
+    BACKEND_ARGS=()
+    export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron asks for it under tensor parallelism: communication is queued first
+    [[ $BACKEND == gpu ]] || return 0
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+    BACKEND_ARGS=(
+        --transformer-impl transformer_engine --attention-backend fused
+        --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+        --dist-ckpt-optim-fully-reshardable # masters by name: they survive another TP, PP or DP
+        --distributed-timeout-minutes 120 --num-workers 6
+    )
+}
+
+# launcher: set LAUNCHER. One process needs none; under srun the rendezvous is on the allocation's first node.
+launcher() {
+    if [[ -n ${SLURM_JOB_NUM_NODES:-} && -n ${SLURM_STEP_ID:-} ]]; then
+        NNODES=${NNODES:-$SLURM_JOB_NUM_NODES}
+        RDZV_ENDPOINT=${RDZV_ENDPOINT:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29400}
+    fi
+    LAUNCHER=("$PYTHON")
+    if ((NPROC * ${NNODES:-1} == 1)); then return; fi
+    LAUNCHER+=(-m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "$NPROC" --rdzv-backend c10d)
+    LAUNCHER+=(--rdzv-endpoint "${RDZV_ENDPOINT:-localhost:29400}" --rdzv-id "${SLURM_JOB_ID:-$NAME}")
+}

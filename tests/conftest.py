@@ -1,0 +1,38 @@
+import os
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", INFIR2_BACKEND="cpu")
+
+import numpy as np
+import pytest
+from trainer import MODEL
+
+from infir2.indexed import IndexedWriter
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Prefix of a tokenised corpus that can be learned: documents that count in 16 tokens, with a random start and step."""
+    prefix = tmp_path_factory.mktemp("corpus") / "train"
+    random = np.random.default_rng(0)
+    with IndexedWriter(prefix, vocab_size=256) as writer:
+        for _ in range(300):
+            start, step = random.integers(1, 16, 2)
+            writer.add_document((start + step * np.arange(random.integers(40, 200))) % 16)
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def run_flags(corpus, tmp_path_factory):
+    """A function from a run's folder to the flags of a run there, on the session's corpus."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def flags(run, *more: str) -> list[str]:
+        return [
+            *MODEL,
+            *("--data-path", str(corpus), "--split", "100,0,0", "--data-cache-path", str(cache)),
+            *("--load", str(run / "checkpoints"), "--save", str(run / "checkpoints"), "--save-interval", "1000"),
+            *("--tensorboard-dir", str(run / "tensorboard"), "--from-scratch"),
+            *more,
+        ]
+
+    return flags

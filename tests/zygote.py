@@ -1,0 +1,35 @@
+"""Imported once by the fork server of tests/trainer.py: every run then starts with Megatron already in memory."""
+
+import os
+import sys
+import warnings
+
+os.environ.update(INFIR2_BACKEND="cpu", OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
+os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "0"
+warnings.filterwarnings("ignore")
+
+import torch
+
+torch.set_num_threads(1)
+
+from infir2 import backend
+
+backend.install()
+
+import torch._dynamo
+import torch.utils.tensorboard  # these two take 10 s, at the first optimizer and the first writer
+import transformers  # noqa: F401
+
+from infir2 import language_model, layers, masters, pretrain, proof  # noqa: F401
+
+
+def run_rank(argv: list[str], environment: dict[str, str], log: str) -> None:
+    """What one rank does, in a process of its own: `python -m infir2.pretrain` with its output in `log`."""
+    os.setpgid(0, 0)  # a kill of the group takes helper processes too
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.update(environment)
+    sys.argv = ["pretrain", *argv]
+    pretrain.main()

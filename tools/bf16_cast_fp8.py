@@ -1,0 +1,171 @@
+"""Cast a Hugging Face model to block-scaled FP8, the form that SGLang, vLLM and transformers load.
+
+    python tools/bf16_cast_fp8.py --input-bf16-hf-path DIR --output-fp8-hf-path DIR
+
+Weights of the transformer blocks' linear layers (q, k, v, o, gate, up, down) become FP8 E4M3 codes with one FP32
+inverse scale for each 128x128 block, `<name>_scale_inv`. Every other tensor is kept in BF16. The input may be BF16,
+FP16 or FP32, one file or shards; it is rounded to BF16 first, as in training, so the codes are those that training
+used. Scales are powers of two, or FP32 with --scale-fmt fp32 (environment: SCALE_FMT): take the format of training.
+
+The output is checked against the input before it gets its name: codes and scales are those of the input's weights,
+their error is no more than FP8's rounding, all other tensors are equal bit for bit. Prints what was written. Nothing
+is left behind on an error.
+"""
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from infir2 import fp8, hf
+from infir2.precision import scale_format
+
+log = logging.getLogger("bf16_cast_fp8")
+
+
+def cast(
+    source: Path, target: Path, scale_fmt: str, *, verify: bool = True, workers: int = 1, device: str = "cpu"
+) -> str:
+    """Write target, the FP8 form of the folder source. Returns what was done, in one line.
+
+    Refused: what `hf.HFReader`, `hf.HFWriter` and `hf.check_qwen2` refuse, sizes that break the 128 rule, and tensors
+    with NaN or Inf.
+    """
+    reader = hf.HFReader(source)
+    hf.check_qwen2(reader, in_fp8=False).refuse_fp8()
+    with hf.HFWriter(target, like=reader, expected_bytes=_expected_bytes(reader)) as writer:
+        writer.config["quantization_config"] = hf.fp8_quantization_config(scale_fmt)
+        hf.set_dtype(writer.config, "bfloat16")
+
+        def quantise(name: str, tensor: Tensor) -> dict[str, Tensor]:
+            parts = _quantise(name, tensor.to(device), scale_fmt)
+            return {part: result.cpu() for part, result in parts.items()}
+
+        for tensors in reader.map(quantise, reader.names, workers=workers, progress="cast"):
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+        summary = _summary(reader, writer.written(), scale_fmt)
+        if verify:
+            summary += "; " + _verify(reader, writer.written(), quantise, workers)
+    return f"{target}: {summary}"
+
+
+def _quantise(name: str, tensor: Tensor, scale_fmt: str) -> dict[str, Tensor]:
+    """The tensors of the output that stand for one of the input."""
+    # Training quantises the BF16 copy of its FP32 masters; quantising the masters would change 3 % of the codes.
+    tensor = tensor.to(torch.bfloat16)
+    if not hf.is_fp8_linear(name):
+        fp8.refuse_non_finite(tensor, name)
+        return {name: tensor}
+    codes, scale_inv = fp8.quantize(tensor, fp8.BLOCK, scale_fmt=scale_fmt, name=name)
+    return {name: codes, hf.scale_name(name): scale_inv}
+
+
+def _expected_bytes(reader: hf.HFReader) -> int:
+    """Size of the output; a scale for each 16,384 weights and headers are within the 1 % on top."""
+    elements = {name: math.prod(reader.shape(name)) for name in reader.names}
+    return int(1.01 * sum(n * (1 if hf.is_fp8_linear(name) else 2) for name, n in elements.items()))
+
+
+def _verify(
+    reader: hf.HFReader, written: hf.HFReader, quantise: Callable[[str, Tensor], dict[str, Tensor]], workers: int
+) -> str:
+    """Compare the written files with the input, read again. ValueError names the tensor that differs."""
+
+    def compare(name: str, tensor: Tensor) -> tuple[float, float]:
+        for part, expected in quantise(name, tensor).items():
+            bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[expected.element_size()]
+            if not torch.equal(written.tensor(part).view(bits), expected.view(bits)):
+                raise ValueError(f"{part!r} was not written as it was cast; check the disk and cast again")
+        if not hf.is_fp8_linear(name):
+            return 0.0, 0.0
+        return _rounding_error(name, tensor.to(torch.bfloat16), written)
+
+    errors = list(reader.map(compare, reader.names, workers=workers, progress="verify"))
+    noise, signal = (math.fsum(column) for column in zip(*errors, strict=True))
+    return f"verified, relative error of the FP8 weights {math.sqrt(noise / signal) if signal else 0.0:.4%}"
+
+
+def _rounding_error(name: str, weight: Tensor, written: hf.HFReader) -> tuple[float, float]:
+    """Sums of squares of the error and of the weight. ValueError where the error is more than FP8's rounding."""
+    codes, scale_inv = written.tensor(name), written.tensor(hf.scale_name(name))
+    sums = []
+    for strip, strip_codes, scales in zip(weight.split(128), codes.split(128), scale_inv.split(1), strict=True):
+        exact = strip.float().view(-1)
+        error = fp8.dequantize(strip_codes, scales, fp8.BLOCK).view(-1).sub_(exact)
+        noise, signal = torch.dot(error, error).item(), torch.dot(exact, exact).item()
+        # E4M3 keeps 3 mantissa bits, so each value is off by at most 2^-4 of itself. What is so small that it is off
+        # by more adds nothing beside its block's largest value.
+        if noise > signal * 2**-8:
+            raise ValueError(f"{name!r} is off by {math.sqrt(noise / signal):.2%} in rows {128 * len(sums)} to ...+127")
+        sums.append((noise, signal))
+    return tuple(map(math.fsum, zip(*sums, strict=True)))
+
+
+def _summary(reader: hf.HFReader, written: hf.HFReader, scale_fmt: str) -> str:
+    in_fp8 = sum(map(hf.is_fp8_linear, reader.names))
+    before, after = (sum(map(folder.nbytes, folder.names)) / 1e9 for folder in (reader, written))
+    return (
+        f"{in_fp8} tensors in FP8 E4M3 with {scale_fmt} scales, {len(reader.names) - in_fp8} in BF16, "
+        f"{before:.2f} GB to {after:.2f} GB"
+    )
+
+
+def _true_or_false(word: str) -> bool:
+    values = {"true": True, "false": False}
+    if word.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
+    return values[word.lower()]
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input-bf16-hf-path", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--output-fp8-hf-path", type=Path, required=True, metavar="DIR", help="must not exist")
+    parser.add_argument("--scale-fmt", choices=fp8.SCALE_FORMATS, help="default: SCALE_FMT, else pow2")
+    parser.add_argument(
+        "--force-pow-2-scale", type=_true_or_false, metavar="True|False", help="the same switch: pow2 or fp32"
+    )
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
+    parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="threads; default: one a core")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is a GPU"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.force_pow_2_scale is not None:
+        word = "pow2" if arguments.force_pow_2_scale else "fp32"
+        if arguments.scale_fmt not in (None, word):
+            parser.error(f"--force-pow-2-scale asks for {word} and --scale-fmt for {arguments.scale_fmt}; pass one")
+        arguments.scale_fmt = word
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    arguments = parse_arguments(argv)
+    try:
+        summary = cast(
+            arguments.input_bf16_hf_path,
+            arguments.output_fp8_hf_path,
+            arguments.scale_fmt or scale_format(),
+            verify=arguments.verify,
+            workers=arguments.workers,
+            device=arguments.device,
+        )
+    except (OSError, ValueError, TypeError) as error:
+        log.error("error: %s", error)
+        return 1
+    print(summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

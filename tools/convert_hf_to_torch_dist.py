@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Convert a Hugging Face Qwen2 folder to a torch_dist checkpoint that Megatron loads at any TP, PP and DP.
+
+    python tools/convert_hf_to_torch_dist.py --input-dir models/Qwen2.5-7B --output-dir models/Qwen2.5-7B_torch_dist
+
+Single file or sharded, tied or untied head, any float type: weights are kept as they are, bit for bit. The result holds
+weights only (Megatron's `release` folder); pass it as --pretrained-checkpoint. Memory: the model's weights once.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from infir2 import backend
+from infir2.checkpoint import RELEASE, TRACKER
+from infir2.hf import HFReader
+from infir2.qwen2 import Entry, Shape, entries
+
+
+def convert(source: Path, output: Path) -> None:
+    """Write `source` as a torch_dist checkpoint in the new folder `output`, which appears only when complete."""
+    if output.exists():
+        raise FileExistsError(f"{output} exists already; remove it or choose another folder")
+    reader = HFReader(source)
+    shape = Shape.from_config(reader.config)
+    state = _sharded_state(reader, shape)
+    temporary = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / RELEASE).mkdir(parents=True)
+    try:
+        _save(state, temporary / RELEASE)
+        (temporary / TRACKER).write_text(RELEASE)
+        (temporary / "source.json").write_text(json.dumps(reader.config, indent=1) + "\n")
+        os.rename(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sharded_state(reader: HFReader, shape: Shape) -> dict:
+    """Megatron's sharded state dict of the model's weights, equal layers stacked along a new first dimension."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    state = {}
+    known = set()
+    for entry in tqdm(list(entries(shape)), desc="reading", unit="tensor"):
+        tensor = entry.join(*(reader.tensor(name) for name in entry.hf))
+        known.update(entry.hf)
+        key, layer = _stacked(entry)
+        offsets = () if layer is None else ((0, layer, shape.layers),)
+        state[entry.megatron] = ShardedTensor.from_rank_offsets(
+            key, tensor, *offsets, prepend_axis_num=0 if layer is None else 1
+        )
+        module = key.rpartition(".")[0]
+        if layer is not None and key.endswith(".weight"):  # linear layers: Megatron asks for their (empty) FP8 state
+            name = f"{module}._extra_state"
+            state[f"{entry.megatron}._extra_state"] = ShardedObject(name, None, (shape.layers,), (layer,))
+    unknown = set(reader.names) - known - ({"lm_head.weight"} if shape.tied else set())
+    if unknown:
+        raise ValueError(f"{len(unknown)} tensors have no place in a Qwen2 model, for example {sorted(unknown)[0]}")
+    return state
+
+
+def _stacked(entry: Entry) -> tuple[str, int | None]:
+    parts = entry.megatron.split(".")
+    if parts[:2] != ["decoder", "layers"]:
+        return entry.megatron, None
+    return ".".join(parts[:2] + parts[3:]), int(parts[2])
+
+
+def _save(state: dict, folder: Path) -> None:
+    import torch
+    from megatron.core import dist_checkpointing
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            dist_checkpointing.save({"model": state, "checkpoint_version": 3.0}, str(folder))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input-dir", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--output-dir", type=Path, required=True, help="new folder for the checkpoint")
+    args = parser.parse_args()
+    os.environ["INFIR2_BACKEND"] = "cpu"
+    backend.install()
+    try:
+        convert(args.input_dir, args.output_dir)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Convert a torch_dist checkpoint to a Hugging Face folder.
+
+    python tools/convert_torch_dist_to_hf.py --input-dir exp/RUN/checkpoints --output-dir models/RUN \
+        --origin-hf-dir models/Qwen2.5-7B
+
+--input-dir is a run's folder (its newest checkpoint) or one iteration's. Any TP, PP and DP layout; needs no GPU and not
+Megatron. Weights come from the FP32 masters where the checkpoint names them, rounded once to --dtype; flat optimizer
+buckets have no names and are refused, unless --weights model takes the BF16 weights instead. Memory: a few tensors.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from infir2.checkpoint import FLAT_OPTIMIZER, MASTER_PREFIX, CheckpointError, TorchDist
+from infir2.hf import HFReader, HFWriter
+from infir2.qwen2 import Entry, Shape, entries
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def convert(source: Path, output: Path, origin: Path, dtype: torch.dtype, weights: str) -> str:
+    """Write checkpoint `source` as Hugging Face folder `output`; returns which weights were taken."""
+    stored = TorchDist(source)
+    reader = HFReader(origin)
+    shape = Shape.from_config(reader.config)
+    prefix = _prefix(stored, weights)
+    with HFWriter(output, like=reader) as writer:
+        writer.config["dtype"] = str(dtype).removeprefix("torch.")
+        writer.config.pop("quantization_config", None)
+        for entry in tqdm(list(entries(shape)), desc="converting", unit="tensor"):
+            for name, tensor in zip(entry.hf, entry.split(_read(stored, prefix, entry, shape)), strict=True):
+                writer.add(name, tensor.to(dtype).contiguous())
+    return "FP32 masters" if prefix else "model weights"
+
+
+def _prefix(stored: TorchDist, weights: str) -> str:
+    named = any(key.startswith(MASTER_PREFIX) for key in stored.keys)
+    flat = any(key.startswith(FLAT_OPTIMIZER) for key in stored.keys)
+    if weights == "masters" and not named and flat:
+        raise CheckpointError(
+            f"{stored.folder} keeps its FP32 masters in flat optimizer buckets, which have no names; train with "
+            "--dist-ckpt-optim-fully-reshardable, or pass --weights model for the BF16 weights"
+        )
+    return MASTER_PREFIX if named and weights == "masters" else ""
+
+
+def _read(stored: TorchDist, prefix: str, entry: Entry, shape: Shape) -> Tensor:
+    """The Megatron tensor of `entry`, vocabulary padding cut off."""
+    name = prefix + entry.megatron
+    if name not in stored:
+        raise CheckpointError(
+            f"{stored.folder} has no tensor {name}; is {shape.layers} layers what it was trained with?"
+        )
+    tensor = stored.read(name)
+    if entry.megatron in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if tensor.shape[0] < shape.vocab:
+            raise CheckpointError(f"{name} has {tensor.shape[0]} rows, config.json's vocabulary {shape.vocab}")
+        tensor = tensor[: shape.vocab]
+    return tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input-dir", type=Path, required=True, help="run folder or one iteration's folder")
+    parser.add_argument("--output-dir", type=Path, required=True, help="new Hugging Face folder")
+    parser.add_argument("--origin-hf-dir", type=Path, required=True, help="folder with config and tokenizer")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--weights", choices=("masters", "model"), default="masters")
+    args = parser.parse_args()
+    try:
+        taken = convert(args.input_dir, args.output_dir, args.origin_hf_dir, DTYPES[args.dtype], args.weights)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.output_dir}: {args.dtype} from {taken}")
+
+
+if __name__ == "__main__":
+    main()

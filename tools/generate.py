@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Answer prompts with a Hugging Face model folder, on a CPU or GPU.
+
+    python tools/generate.py --model exp/quickstart/InfiR2_tiny_HF --prompt "In the beginning" --prompt "12 + 30 ="
+
+Prints one JSON object: the model and, for each prompt, its greedy continuation.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def generate(model_dir: Path, prompts: list[str], max_new_tokens: int) -> list[dict[str, str]]:
+    """Greedy continuations of the prompts, as they are (no chat template)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+    if torch.cuda.is_available():
+        model = model.cuda()
+    answers = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+        stop = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=stop,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = output[0, inputs["input_ids"].shape[1] :]
+        answers.append({"prompt": prompt, "answer": tokenizer.decode(new, skip_special_tokens=True)})
+    return answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    args = parser.parse_args()
+    if not (args.model / "config.json").is_file():
+        sys.exit(f"error: {args.model} is not a Hugging Face model folder: no config.json")
+    answers = generate(args.model, args.prompt, args.max_new_tokens)
+    print(json.dumps({"model": str(args.model), "answers": answers}, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+#!/usr/bin/env python
+"""Make the quickstart's base model: a tiny Qwen2.5-architecture model with random weights, in Hugging Face's format.
+
+    python tools/make_base_model.py --tokenizer exp/quickstart/corpus/tokenizer --output-dir exp/quickstart/base
+
+No small pretrained base ships in a package, so this one has learned nothing. Its sizes keep the 128 rule of
+docs/numerics.md: hidden 256, ffn 768, 2 heads and 2 KV groups of size 128.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+def make(tokenizer_dir: Path, output: Path, layers: int, seed: int) -> int:
+    """Write the model and the tokenizer to the new folder `output`; returns the number of parameters."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    if output.exists():
+        raise FileExistsError(f"{output} exists already; remove it or choose another folder")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=(len(tokenizer) + 127) // 128 * 128,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
+    )
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.generation_config.do_sample = True
+    temporary = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    os.rename(temporary, output)
+    return model.num_parameters()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face tokenizer folder")
+    parser.add_argument("--output-dir", type=Path, required=True, help="new Hugging Face folder")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1236)
+    args = parser.parse_args()
+    try:
+        parameters = make(args.tokenizer, args.output_dir, args.layers, args.seed)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.output_dir}: {parameters:,} parameters, random weights")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""Run training commands side by side, each into its own log, with a progress bar for each.
+
+    python tools/side_by_side.py --run FP8 exp/A/log.txt "bash scripts/CPT/InfiR2_CPT_FP8_tiny.sh" \
+        --run BF16 exp/B/log.txt "bash scripts/CPT/InfiR2_CPT_BF16_tiny.sh"
+
+When one fails the others are ended, the last lines of its log are shown, and its exit status is ours. Ctrl-C ends all.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+ITERATION = re.compile(rb"iteration +(\d+)/ *(\d+) .*? lm loss: ([0-9.E+-]+)")
+
+
+class Run:
+    """A command in a process group of its own, with a bar that follows its log."""
+
+    def __init__(self, label: str, log: Path, command: str, position: int):
+        self.label, self.log, self.offset = label, log, 0
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "wb") as file:
+            self.process = subprocess.Popen(
+                shlex.split(command), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.bar = tqdm(desc=f"{label}: starting", unit="step", position=position)
+
+    def update(self) -> None:
+        """Move the bar to what the log says last."""
+        with open(self.log, "rb") as file:
+            file.seek(self.offset)
+            lines = file.read()
+        complete = lines.rfind(b"\n") + 1
+        self.offset += complete
+        found = ITERATION.findall(lines[:complete])
+        if not found:
+            self.bar.refresh()
+            return
+        iteration, total, loss = found[-1]
+        if self.bar.total is None:
+            self.bar.reset(total=int(total))
+            self.bar.initial = self.bar.n = int(iteration)  # the rate counts from here: a resumed run starts late
+        self.bar.set_description(f"{self.label}: loss {float(loss):.3f}", refresh=False)
+        self.bar.update(int(iteration) - self.bar.n)
+
+    def stop(self) -> None:
+        """End the command and what it started; politely first."""
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, sign)
+                try:
+                    self.process.wait(timeout=10)
+                except subprocess.TimeoutExpired:
+                    continue
+
+
+def follow(runs: list[Run]) -> Run | None:
+    """Show the bars until all have ended; returns the first that failed, having stopped the others."""
+    while True:
+        ended = [run.process.poll() for run in runs]  # before reading the logs: nothing that was written is missed
+        for run in runs:
+            run.update()
+        failed = [run for run, status in zip(runs, ended, strict=True) if status]
+        if failed or None not in ended:
+            return failed[0] if failed else None
+        time.sleep(0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs=3, action="append", required=True, metavar=("LABEL", "LOG", "COMMAND"))
+    wanted = parser.parse_args().run
+    runs: list[Run] = []
+    try:
+        for position, (label, log, command) in enumerate(wanted):
+            runs.append(Run(label, Path(log), command, position))
+        failed = follow(runs)
+    finally:
+        for run in runs:
+            run.stop()
+            run.bar.close()
+    if failed:
+        tail = failed.log.read_text(errors="replace").splitlines()[-25:]
+        print("\n".join([f"{failed.label} failed; the end of {failed.log}:", *tail]), file=sys.stderr)
+        sys.exit(failed.process.returncode if failed.process.returncode > 0 else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The machine under Megatron: a CUDA GPU, or this computer's CPU. The only module that patches torch or Megatron.
+
+On a GPU one attribute is replaced, because the PyPI wheel of megatron-core needs it: `compile_helpers` runs `make` on
+a C++ file that the wheel ships already compiled, without the Makefile, and exits when make fails.
+
+On a CPU Megatron 0.19.2 still asks `torch.cuda` for devices, streams, events and random states. `install` answers
+those questions with CPU equivalents, and `CudaToCpu` turns every request for a "cuda" tensor into one for a CPU tensor.
+Nothing is pretended about the arithmetic: kernels, collectives (gloo) and checkpoints are the real ones.
+
+Each patched attribute is a row of `TORCH_ON_CPU`, `MEGATRON_ON_CPU` or `MEGATRON_ON_GPU`; tests/test_backend.py checks
+that every one still exists in the pinned releases, so an upgrade cannot turn a patch into a silent no-op.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import queue
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Flags that every CPU run needs, added to the command line by `infir2.pretrain`. Each belongs to the machine, not to a
+# recipe: the same script then runs on both.
+CPU_ARGUMENTS = (
+    *("--distributed-backend", "gloo"),
+    *("--transformer-impl", "local"),  # the layers of infir2.layers, not TransformerEngine's
+    "--use-cpu-initialization",
+    "--no-gradient-accumulation-fusion",  # a CUDA extension
+    "--no-masked-softmax-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+    "--disable-jit-fuser",
+    *("--num-workers", "0"),
+)
+
+
+def name() -> str:
+    """ "gpu" or "cpu": what `INFIR2_BACKEND` says, else whether torch sees a CUDA device."""
+    chosen = os.environ.get("INFIR2_BACKEND", "")
+    if chosen not in ("", "cpu", "gpu"):
+        raise ValueError(f"INFIR2_BACKEND is '{chosen}'; known: cpu, gpu")
+    if chosen == "gpu" and not torch.cuda.is_available():
+        raise RuntimeError("INFIR2_BACKEND=gpu, but torch sees no CUDA device; unset it to run on the CPU")
+    return chosen or ("gpu" if torch.cuda.is_available() else "cpu")
+
+
+def install() -> str:
+    """Prepare torch and Megatron for this machine, importing Megatron; returns `name()`. Safe to call twice."""
+    kind = name()
+    if kind == "cpu":
+        _install_cpu()
+    _patch(MEGATRON_ON_GPU)
+    return kind
+
+
+@functools.cache
+def _install_cpu() -> None:
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("megatron was imported before infir2.backend.install(); call install() first")
+    _patch(TORCH_ON_CPU)
+    CudaToCpu().__enter__()  # for the life of the process
+    _patch(MEGATRON_ON_CPU)
+
+
+def _patch(table: dict[str, Callable[[Any], Any]]) -> None:
+    """Replace each attribute by what its row makes of the present value. A missing attribute is an AttributeError."""
+    for path, make in table.items():
+        owner, attribute = resolve(path)
+        setattr(owner, attribute, make(getattr(owner, attribute)))
+
+
+def resolve(path: str) -> tuple[Any, str]:
+    """The object that holds the attribute `path` names, and the attribute's name, importing modules on the way."""
+    parts = path.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            owner = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:-1]:
+            owner = getattr(owner, part)
+        return owner, parts[-1]
+    raise ModuleNotFoundError(path)
+
+
+class CudaToCpu(TorchFunctionMode):
+    """Rewrites every request for a CUDA tensor into a request for a CPU tensor."""
+
+    _LEGACY_TYPE = {  # Megatron sorts gradients by Tensor.type() and expects the CUDA names
+        torch.float32: "torch.cuda.FloatTensor",
+        torch.float16: "torch.cuda.HalfTensor",
+        torch.bfloat16: "torch.cuda.BFloat16Tensor",
+        torch.float64: "torch.cuda.DoubleTensor",
+    }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return self._LEGACY_TYPE.get(args[0].dtype) or func(*args)
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": "cpu"}
+        elif func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _Stream:
+    """A stream on a machine where every operation has finished when it returns."""
+
+    device, cuda_stream = torch.device("cpu"), 0
+
+    def __init__(self, *args, **kwargs): ...
+    def wait_stream(self, *args): ...
+    def wait_event(self, *args): ...
+    def synchronize(self): ...
+
+    def query(self):
+        return True
+
+    def record_event(self, *args):
+        return _Event()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args): ...
+
+
+class _Event:
+    def __init__(self, *args, **kwargs): ...
+    def record(self, *args): ...
+    def wait(self, *args): ...
+    def synchronize(self): ...
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 0.0
+
+
+class _Device:
+    """Stands where `torch.cuda.get_device_properties` returns; 9.0 is Hopper, which Megatron's FP8 checks ask for."""
+
+    major, minor, name = 9, 0, "cpu"
+    total_memory = multi_processor_count = 1
+
+
+def _returning(make_value: Callable[[], Any]) -> Callable[[Any], Any]:
+    """A row for an attribute whose calls all give `make_value()`. One function object per name: dynamo refuses aliases."""
+    return lambda original: lambda *args, **kwargs: make_value()
+
+
+_nothing = _returning(lambda: None)
+
+
+def _identity_compile(original):
+    def compile(model=None, *args, **kwargs):
+        return model if model is not None else (lambda wrapped: wrapped)
+
+    return compile
+
+
+TORCH_ON_CPU: dict[str, Callable[[Any], Any]] = {
+    "torch.cuda.device_count": _returning(lambda: 1),
+    "torch.cuda.current_device": _returning(lambda: "cpu"),
+    "torch.cuda.set_device": _nothing,
+    "torch.cuda.synchronize": _nothing,
+    "torch.cuda.empty_cache": _nothing,
+    "torch.cuda.ipc_collect": _nothing,
+    "torch.cuda.manual_seed_all": _nothing,  # torch.manual_seed() itself calls it: seeding here would recurse
+    "torch.cuda.manual_seed": lambda original: lambda seed: torch.default_generator.manual_seed(seed),
+    "torch.cuda.current_stream": _returning(_Stream),
+    "torch.cuda.default_stream": _returning(_Stream),
+    "torch.cuda.stream": _returning(contextlib.nullcontext),
+    "torch.cuda.Stream": lambda original: _Stream,
+    "torch.cuda.Event": lambda original: _Event,
+    "torch.cuda.get_rng_state": _returning(torch.get_rng_state),
+    "torch.cuda.random.get_rng_state": _returning(torch.get_rng_state),
+    "torch.cuda.set_rng_state": lambda original: lambda state, *args, **kwargs: torch.set_rng_state(state),
+    "torch.cuda.random.set_rng_state": lambda original: lambda state, *args, **kwargs: torch.set_rng_state(state),
+    "torch.cuda.get_device_properties": _returning(_Device),
+    "torch.cuda.get_device_capability": _returning(lambda: (_Device.major, _Device.minor)),
+    "torch.compile": _identity_compile,  # Megatron compiles small functions at import; Inductor would need a compiler
+}
+
+MEGATRON_ON_CPU: dict[str, Callable[[Any], Any]] = {
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state": _returning(torch.get_rng_state),
+    "megatron.core.tensor_parallel.random._set_cuda_rng_state": (
+        lambda original: lambda state, *args, **kwargs: torch.set_rng_state(state)
+    ),
+    "megatron.training.training.initialize_megatron": lambda original: functools.partial(original, allow_no_cuda=True),
+    # Its warm-up draws random numbers, how many depends on TP and CP: layouts would start from different states.
+    "megatron.training.training.set_jit_fusion_options": _nothing,
+    # A synchronous save needs no manager process for its results; spawning one takes 6 to 9 s at the first save.
+    "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue": _returning(queue.Queue),
+}
+
+
+def _compile_helpers(original):
+    def compile_helpers():
+        try:
+            importlib.import_module("megatron.core.datasets.helpers_cpp")
+        except ImportError:
+            original()
+
+    return compile_helpers
+
+
+MEGATRON_ON_GPU: dict[str, Callable[[Any], Any]] = {
+    "megatron.core.datasets.utils.compile_helpers": _compile_helpers,
+}

@@ -1,0 +1,203 @@
+"""torch_dist checkpoint folders: what is complete, which iteration a path means, and reading tensors from one.
+
+A run's folder holds `iter_0000100/`, ... and the tracker `latest_checkpointed_iteration.txt`. Megatron writes an
+iteration's `metadata.json` last, so a folder without it is half-written. Converted weights lie in `release/`.
+
+Reading needs neither Megatron nor a GPU nor a process group. Tensors of equal layers are stacked: Megatron's
+`decoder.layers.3.mlp.linear_fc2.weight` lies in `decoder.layers.mlp.linear_fc2.weight` at index 3. The index of a
+checkpoint is a pickle; it is unpickled with a list of allowed classes, and tensors with `weights_only`.
+"""
+
+import io
+import os
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+MASTER_PREFIX = "optimizer.state.fp32_param."  # FP32 masters by name, where the optimizer's layout has names
+FLAT_OPTIMIZER = "optimizer.distributed.dp_group_idx"  # the distributed optimizer's default: buckets without names
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, half-written, or not what was asked for."""
+
+
+def iteration_folder(folder: Path, iteration: int | str) -> Path:
+    return folder / (iteration if iteration == RELEASE else f"iter_{iteration:07d}")
+
+
+def complete_iterations(folder: Path) -> list[int]:
+    """Iterations whose save finished, ascending. `release` is not among them."""
+    found = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in folder.glob("iter_*"))
+    return sorted(int(m[1]) for m in found if m and (folder / m[0] / "metadata.json").is_file())
+
+
+def tracked(folder: Path) -> int | str | None:
+    """What the tracker names: an iteration, "release", or None where there is no tracker or it is cut off."""
+    path = folder / TRACKER
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else RELEASE if text == RELEASE else None
+
+
+def repair_tracker(folder: Path) -> str | None:
+    """Make the tracker name the newest complete checkpoint it can; returns what was done, or None.
+
+    Megatron rewrites the tracker in place after a save. A kill in between leaves it empty, or one checkpoint behind.
+    """
+    complete = complete_iterations(folder)
+    now = tracked(folder)
+    if not complete or now == complete[-1]:
+        return None
+    if isinstance(now, int) and now > complete[-1]:
+        raise CheckpointError(
+            f"{folder / TRACKER} names iteration {now}, which is missing or half-written; the newest complete one is "
+            f"{complete[-1]}: write that number into the file to go on from there"
+        )
+    temporary = folder / f"{TRACKER}.{os.getpid()}.tmp"  # every rank may repair
+    temporary.write_text(str(complete[-1]))
+    os.replace(temporary, folder / TRACKER)
+    return f"{folder / TRACKER} said '{now}', the newest complete checkpoint is {complete[-1]}: corrected"
+
+
+def resolve(path: Path | str) -> Path:
+    """The folder of one iteration, from itself or from a run's folder (then the tracked one). Refuses what is
+    missing or half-written."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    if path.name == RELEASE or re.fullmatch(r"iter_\d+", path.name):
+        folder = path
+    else:
+        iteration = tracked(path)
+        if iteration is None:
+            raise CheckpointError(f"{path} holds no checkpoint: {TRACKER} is missing or empty")
+        folder = iteration_folder(path, iteration)
+    if not (folder / "metadata.json").is_file() or not (folder / ".metadata").is_file():
+        raise CheckpointError(f"checkpoint {folder} is missing or half-written: no metadata.json or .metadata in it")
+    return folder
+
+
+class TorchDist:
+    """One iteration's tensors, read piece by piece: memory is that of the tensor asked for."""
+
+    def __init__(self, path: Path | str):
+        """Open `path` (see `resolve`), checking that every file is there and long enough."""
+        self.folder = resolve(path)
+        self._index = _read_index(self.folder / ".metadata")
+        self._tensors = {
+            key: entry for key, entry in self._index.state_dict_metadata.items() if hasattr(entry, "chunks")
+        }
+        self._check_files()
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for item in self._index.storage_data.values():
+            ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
+        for name, end in ends.items():
+            path = self.folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None or size < end:
+                found = "missing" if size is None else f"{size} bytes long, at least {end} expected"
+                raise CheckpointError(f"checkpoint file {path} is {found}: copy the checkpoint again")
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of all tensors, as stored (layers stacked)."""
+        return list(self._tensors)
+
+    def shape(self, key: str) -> torch.Size:
+        return self._tensors[key].size
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._tensors[key].properties.dtype
+
+    def locate(self, name: str) -> tuple[str, int | None]:
+        """Stored key and index along dimension 0 for a Megatron tensor name; KeyError where there is none."""
+        if name in self._tensors:
+            return name, None
+        stacked = re.sub(r"\bdecoder\.layers\.(\d+)\.", "decoder.layers.", name)
+        layer = re.search(r"\bdecoder\.layers\.(\d+)\.", name)
+        if layer and stacked in self._tensors and int(layer[1]) < self.shape(stacked)[0]:
+            return stacked, int(layer[1])
+        raise KeyError(name)
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            self.locate(name)
+        except KeyError:
+            return False
+        return True
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor called `name` in Megatron, put together from its shards, on the CPU."""
+        key, layer = self.locate(name)
+        entry = self._tensors[key]
+        shape = list(entry.size)
+        out = torch.empty(shape if layer is None else shape[1:], dtype=entry.properties.dtype)
+        filled = 0
+        for chunk in entry.chunks:
+            offsets, sizes = list(chunk.offsets), list(chunk.sizes)
+            if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
+                continue
+            data = self._read_item(key, chunk.offsets)
+            if layer is not None:
+                data, offsets, sizes = data[layer - offsets[0]], offsets[1:], sizes[1:]
+            out[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = data
+            filled += data.numel()
+        if filled != out.numel():
+            raise CheckpointError(f"{self.folder}: the shards of {name} hold {filled} of its {out.numel()} elements")
+        return out
+
+    def _read_item(self, key: str, offsets: torch.Size) -> Tensor:
+        item = self._items[key, tuple(offsets)]
+        with open(self.folder / item.relative_path, "rb") as file:
+            file.seek(item.offset)
+            return torch.load(io.BytesIO(file.read(item.length)), map_location="cpu", weights_only=True)
+
+    @property
+    def _items(self) -> dict:
+        if not hasattr(self, "_items_by_key"):
+            self._items_by_key = {
+                (index.fqn, tuple(index.offset)): item
+                for index, item in self._index.storage_data.items()
+                if index.offset is not None
+            }
+        return self._items_by_key
+
+
+_INDEX_CLASSES = {  # all that an index of torch 2.11 names
+    "torch": {"Size", "bfloat16", "float32", "float16", "float64", "int64", "int32", "uint8", "strided"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if name not in _INDEX_CLASSES.get(module, ()):
+            raise CheckpointError(f"the checkpoint's index names {module}.{name}, which no index needs: not loading it")
+        return super().find_class(module, name)
+
+
+def _read_index(path: Path):
+    try:
+        with open(path, "rb") as file:
+            return _IndexUnpickler(file).load()
+    except (EOFError, pickle.UnpicklingError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint index {path} cannot be read ({error}): half-written or damaged") from error

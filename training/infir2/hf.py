@@ -1,0 +1,481 @@
+"""Hugging Face model folders: read tensor by tensor, written whole or not at all, and refused by name when broken.
+
+`HFReader` opens a folder with one model.safetensors or with shards and an index. It reads only headers, checks them
+against the index and the files' sizes, and loads a tensor when asked. `HFWriter` streams tensors into shards in a
+temporary folder beside the target and renames it at the end, so that nothing half-written ever has the target's name.
+Neither holds more than a few tensors, whatever the size of the model.
+
+The rest is what this recipe's folders hold: which tensors a Qwen2 model has, which of them are FP8, and the
+`quantization_config` that SGLang, vLLM and transformers read. A weight in FP8 E4M3 has a neighbour
+`<name>_scale_inv`, float32, one scale for each 128x128 block.
+
+File format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the data).
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from infir2 import fp8
+from infir2.qwen2 import ARCHITECTURE, Shape
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The header comes first in the file but is complete only at the end, so its room is reserved and padded with spaces,
+# as the format allows. 128 KiB hold about a thousand tensors; a shard also ends when its header is full.
+_DATA_START = 128 * 1024
+# What may wait between reading and writing, in bytes of input.
+_IN_FLIGHT_BYTES = 256 * 1024**2
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+_FP8_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
+
+
+class HFReader:
+    """A model folder, opened without loading it.
+
+    config: config.json as a dict. names: every tensor, in the order of the files. Refused, with the file's or the
+    tensor's name: a missing config, JSON that does not parse or repeats a key, an index that names a missing file or
+    tensor, a file truncated or of a wrong length, a tensor held twice, a tensor type outside `DTYPES`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{self.path} is not a folder; expected a Hugging Face model folder")
+        self.config: dict = _read_json(self.path / CONFIG)
+        self._tensors: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]] = {}
+        weight_map = self._weight_map()
+        for file in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
+            self._add_file(self.path / file, weight_map)
+        if missing := [name for name in weight_map or () if name not in self._tensors]:
+            raise ValueError(f"{INDEX} places {missing[0]!r} in {weight_map[missing[0]]}, which does not hold it")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name][2]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name][1]
+
+    def nbytes(self, name: str) -> int:
+        return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, mapped from its file and so read as it is used. Safe to call from several threads."""
+        with safe_open(self._tensors[name][0], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def side_files(self) -> list[Path]:
+        """What belongs to a model besides config and weights, relative: tokenizer, templates, generation config, ..."""
+        weights = {file for pattern in _WEIGHT_FILES for file in self.path.glob(pattern)}
+        files = [f for f in self.path.iterdir() if f.is_file() and f not in weights and not f.name.startswith(".")]
+        files += (self.path / "additional_chat_templates").glob("*.jinja")
+        return sorted(f.relative_to(self.path) for f in files if f.name != CONFIG)
+
+    def map[T](
+        self, function: Callable[[str, Tensor], T], names: Sequence[str], *, workers: int, progress: str
+    ) -> Iterator[T]:
+        """function(name, tensor) for every name, on `workers` threads, results in order; a progress bar on stderr.
+
+        Tensors of 256 MB together, or a single larger one, are on their way at a time.
+        """
+        waiting: deque[tuple[str, Future[T]]] = deque()
+        bar = tqdm(total=sum(map(self.nbytes, names)), unit="B", unit_scale=True, desc=progress)
+        threads_before = torch.get_num_threads()
+        # One tensor a thread beats many threads on each tensor: no waiting for each other after every operation.
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+
+        def is_full(next_name: str) -> bool:
+            held = sum(self.nbytes(name) for name, _ in waiting)
+            return len(waiting) > workers or held + self.nbytes(next_name) > _IN_FLIGHT_BYTES
+
+        def first_result() -> T:
+            name, future = waiting.popleft()
+            bar.update(self.nbytes(name))
+            return future.result()
+
+        try:
+            for name in names:
+                while waiting and is_full(name):
+                    yield first_result()
+                waiting.append((name, pool.submit(lambda n: function(n, self.tensor(n)), name)))
+            while waiting:
+                yield first_result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads_before)
+            bar.close()
+
+    def _weight_map(self) -> dict[str, str] | None:
+        """The index's map from tensor to file, or None for a single file."""
+        single, index = self.path / SINGLE, self.path / INDEX
+        if single.exists() and index.exists():
+            raise ValueError(f"{self.path} holds both {SINGLE} and {INDEX}; remove the one that is stale")
+        if single.exists():
+            return None
+        if not index.exists():
+            found = ", ".join(sorted(f.name for f in self.path.iterdir())) or "nothing"
+            raise FileNotFoundError(f"{self.path} holds neither {SINGLE} nor {INDEX}; found {found}")
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map; write the folder again with save_pretrained")
+        for name, file in weight_map.items():
+            if not (self.path / file).is_file():
+                raise FileNotFoundError(f"{INDEX} places {name!r} in {file}, which does not exist in {self.path}")
+        return weight_map
+
+    def _add_file(self, file: Path, weight_map: dict[str, str] | None) -> None:
+        for name, (dtype, shape) in _read_header(file).items():
+            if name in self._tensors:
+                raise ValueError(f"tensor {name!r} is in two files: {self._tensors[name][0].name} and {file.name}")
+            if weight_map is not None and name not in weight_map:
+                raise ValueError(f"{file.name} holds {name!r}, which {INDEX} does not list")
+            self._tensors[name] = (file, dtype, shape)
+
+
+class HFWriter:
+    """Writes a model folder, all or nothing. Use with `with`; add tensors one by one.
+
+    config starts as a copy of like's; its tokenizer, templates and other side files are copied. Shards end before
+    shard_bytes (a single shard becomes model.safetensors, without an index). expected_bytes is checked against the
+    free space of the disk first.
+
+    The folder appears under its name when the `with` block ends well, and otherwise not at all. Refused: a target that
+    exists, a tensor added twice, a full disk, a config that disagrees with the tensors about FP8.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        like: HFReader | None = None,
+        shard_bytes: int = 5 * 1024**3,
+        expected_bytes: int = 0,
+    ) -> None:
+        self.path = Path(path)
+        self.config: dict = copy.deepcopy(like.config) if like else {}
+        self._like, self._shard_bytes, self._expected_bytes = like, shard_bytes, expected_bytes
+        self._temporary = self.path.parent / f".{self.path.name}.partial-{os.getpid()}"
+        self._shards: list[_Shard] = []
+        self._finished = False
+
+    def __enter__(self) -> Self:
+        if self.path.exists():
+            raise FileExistsError(f"{self.path} exists; choose another output folder or remove it")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(self.path.parent).free) < self._expected_bytes:
+            raise OSError(
+                f"{self.path} needs {self._expected_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+                "free some space or choose another output folder"
+            )
+        self._temporary.mkdir()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+                os.rename(self._temporary, self.path)
+        finally:
+            for shard in self._shards:
+                shard.file.close()
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor, [...] of any dtype in `DTYPES`, on any device. It is not kept in memory."""
+        if any(name in shard.entries for shard in self._shards):
+            raise ValueError(f"tensor {name!r} was added twice to {self.path}")
+        if not self._shards or not self._shards[-1].has_room(name, tensor, self._shard_bytes):
+            self._shards.append(_Shard(self._temporary / f"shard-{len(self._shards)}"))
+        self._shards[-1].append(name, tensor)
+
+    def written(self) -> HFReader:
+        """Finish the files and open them, still under their temporary name, for checks. No tensor can follow."""
+        self._finish()
+        return HFReader(self._temporary)
+
+    def _finish(self) -> None:
+        if self._finished:
+            return
+        self._finished = True
+        self._refuse_wrong_config()
+        weight_map = {}
+        for i, shard in enumerate(self._shards, start=1):
+            shard.finish()
+            name = SINGLE if len(self._shards) == 1 else f"model-{i:05d}-of-{len(self._shards):05d}.safetensors"
+            shard.path.rename(self._temporary / name)
+            weight_map |= dict.fromkeys(shard.entries, name)
+        if len(self._shards) > 1:
+            total_size = sum(shard.size for shard in self._shards)
+            _write_json(self._temporary / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+        _write_json(self._temporary / CONFIG, self.config)
+        for file in self._like.side_files() if self._like else ():
+            (self._temporary / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self._like.path / file, self._temporary / file)
+
+    def _refuse_wrong_config(self) -> None:
+        """A config with another precision than the weights makes every engine read noise, without an error."""
+        if not self._shards:
+            raise ValueError(f"no tensor was added to {self.path}")
+        fp8_dtypes = [_DTYPE_NAMES[dtype] for dtype in FP8_DTYPES]
+        fp8_names = [n for shard in self._shards for n, e in shard.entries.items() if e["dtype"] in fp8_dtypes]
+        if bool(fp8_names) != ("quantization_config" in self.config):
+            found = f"{len(fp8_names)} FP8 tensors" if fp8_names else "no FP8 tensor"
+            raise ValueError(f"{self.path} would hold {found} but its config.json would say otherwise")
+
+
+class _Shard:
+    """One safetensors file while it is written: data first, the header into its reserved room at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size, self.entries = path, 0, {}
+        self._header_bytes = len(self._header())
+        self.file = path.open("wb")
+        self.file.seek(_DATA_START)
+
+    def has_room(self, name: str, tensor: Tensor, shard_bytes: int) -> bool:
+        full = self.size + tensor.nbytes > shard_bytes
+        header_full = self._header_bytes + self._entry_bytes(name, self._entry(tensor)) > _DATA_START - 8
+        return not self.entries or not (full or header_full)
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        entry = self._entry(tensor)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        if self.size % tensor.element_size():
+            raise ValueError(f"{name!r} would start at byte {self.size}, which does not suit {tensor.dtype}")
+        try:
+            self.file.write(data)
+        except OSError as error:
+            raise OSError(f"cannot write tensor {name!r} below {self.path.parent.parent}: {error.strerror}") from error
+        self.entries[name] = entry
+        self._header_bytes += self._entry_bytes(name, entry)
+        self.size += tensor.nbytes
+
+    def finish(self) -> None:
+        header = self._header().ljust(_DATA_START - 8)
+        self.file.seek(0)
+        self.file.write(struct.pack("<Q", len(header)) + header)
+        self.file.close()
+
+    def _entry(self, tensor: Tensor) -> dict:
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise TypeError(f"{tensor.dtype} cannot be written; known: {', '.join(map(str, _DTYPE_NAMES))}")
+        offsets = [self.size, self.size + tensor.nbytes]
+        return {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+
+    @staticmethod
+    def _entry_bytes(name: str, entry: dict) -> int:
+        return len(json.dumps({name: entry}).encode())
+
+    def _header(self) -> bytes:
+        return json.dumps({"__metadata__": {"format": "pt"}, **self.entries}).encode()
+
+
+def qwen2_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a Qwen2ForCausalLM, in the order of the network."""
+    h, q, kv = shape.hidden, shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, h)}
+    for i in range(shape.layers):
+        layer = f"model.layers.{i}."
+        tensors[layer + "input_layernorm.weight"] = (h,)
+        for part, rows in (("q", q), ("k", kv), ("v", kv)):
+            tensors[f"{layer}self_attn.{part}_proj.weight"] = (rows, h)
+            tensors[f"{layer}self_attn.{part}_proj.bias"] = (rows,)
+        tensors[layer + "self_attn.o_proj.weight"] = (h, q)
+        tensors[layer + "post_attention_layernorm.weight"] = (h,)
+        tensors[layer + "mlp.gate_proj.weight"] = tensors[layer + "mlp.up_proj.weight"] = (shape.ffn, h)
+        tensors[layer + "mlp.down_proj.weight"] = (h, shape.ffn)
+    tensors["model.norm.weight"] = (h,)
+    if not shape.tied:
+        tensors["lm_head.weight"] = (shape.vocab, h)
+    return tensors
+
+
+def is_fp8_linear(name: str) -> bool:
+    """Whether the recipe holds this tensor in FP8: the linear weights of the transformer blocks, nothing else."""
+    return _FP8_LINEAR.fullmatch(name) is not None
+
+
+def scale_name(name: str) -> str:
+    return name + "_scale_inv"
+
+
+def fp8_quantization_config(scale_fmt: str) -> dict:
+    """config.json's `quantization_config` for 128x128 E4M3 weights.
+
+    "ue8m0" is the published word for power-of-two scales. FP32 scales have no word that all engines accept
+    (transformers says "float", slime refuses it), but all take its absence for them.
+    """
+    config = {
+        "quant_method": "fp8",
+        "fmt": fp8.E4M3.name,
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(fp8.BLOCK),
+        "modules_to_not_convert": ["lm_head"],
+    }
+    return config | {"scale_fmt": "ue8m0"} if scale_fmt == "pow2" else config
+
+
+def scale_format_of(config: dict) -> str:
+    """The scale format, "pow2" or "fp32", that config.json states. ValueError for any other kind of quantisation."""
+    found = config.get("quantization_config")
+    if not isinstance(found, dict):
+        raise ValueError("config.json has no quantization_config; expected a block-scaled FP8 model")
+    expected = {"quant_method": "fp8", "weight_block_size": list(fp8.BLOCK)}
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise ValueError(f"quantization_config.{key} is {found.get(key)!r}; this tool reads {value!r}")
+    if found.get("fmt", fp8.E4M3.name) != fp8.E4M3.name:
+        raise ValueError(f"quantization_config.fmt is {found['fmt']!r}; this tool reads {fp8.E4M3.name!r}")
+    formats = {"ue8m0": "pow2", "float": "fp32", None: "fp32"}
+    if (word := found.get("scale_fmt")) not in formats:
+        raise ValueError(f"quantization_config.scale_fmt is {word!r}; known: 'ue8m0', 'float', or no such key")
+    return formats[word]
+
+
+def set_dtype(config: dict, dtype: str) -> None:
+    """State the dtype of the weights that are not FP8, under the key that this config.json uses."""
+    # transformers wrote "torch_dtype" before its release 5; engines read both.
+    for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
+        config[key] = dtype
+
+
+def refuse_mixed_scales(reader: HFReader, scale_fmt: str) -> None:
+    """ValueError, with the tensor's name, unless all scales are positive numbers of the format that config.json states.
+
+    A tensor of FP32 scales may by chance hold only powers of two, so that counts only from 8 scales other than 1 on.
+    """
+    for name in (name for name in reader.names if name.endswith("_scale_inv")):
+        scale_inv = reader.tensor(name)
+        if not (torch.isfinite(scale_inv) & (scale_inv > 0)).all():
+            raise ValueError(f"{name!r} holds scales that are not positive numbers; cast the model again")
+        is_pow2 = fp8.is_power_of_two(scale_inv)
+        if scale_fmt == "pow2" and not is_pow2:
+            raise ValueError(f"{name!r} holds FP32 scales, but config.json says 'ue8m0', powers of two")
+        if scale_fmt == "fp32" and is_pow2 and (scale_inv != 1).sum() >= 8:
+            raise ValueError(
+                f"{name!r} holds power-of-two scales, but config.json states FP32 ones; if all are powers of two, "
+                'add "scale_fmt": "ue8m0" to its quantization_config'
+            )
+
+
+def check_qwen2(reader: HFReader, *, in_fp8: bool) -> Shape:
+    """The network's shape, after checking that the folder holds exactly its tensors.
+
+    in_fp8 says what is expected: block linears in E4M3 with their scales and the rest in a weight dtype, or all in a
+    weight dtype (BF16, FP16, FP32). A tied head may be present. Refused with the tensor's name: another architecture,
+    a missing or an unknown tensor, a shape that config.json contradicts, a dtype that is not expected.
+    """
+    architectures = reader.config.get("architectures")
+    if architectures != [ARCHITECTURE]:
+        raise ValueError(f"{reader.path} has architectures {architectures}; this tool knows: {ARCHITECTURE}")
+    shape = Shape.from_config(reader.config)
+    expected = {name: (size, WEIGHT_DTYPES) for name, size in qwen2_tensors(shape).items()}
+    if shape.tied and "lm_head.weight" in reader:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    if in_fp8:
+        for name in filter(is_fp8_linear, list(expected)):
+            size = expected[name][0]
+            expected[name] = (size, (fp8.E4M3.dtype,))
+            expected[scale_name(name)] = (fp8.scale_shape(size, fp8.BLOCK), (torch.float32,))
+    elif in_fp8_already := [n for n in reader.names if reader.dtype(n) in FP8_DTYPES or n.endswith("_scale_inv")]:
+        raise ValueError(f"{reader.path} is FP8 already: it holds {in_fp8_already[0]!r}")
+    elif "quantization_config" in reader.config:
+        raise ValueError(f"{reader.path}/{CONFIG} has a quantization_config, but no tensor is FP8; remove one of them")
+    _refuse_other_tensors(reader, expected)
+    return shape
+
+
+def _refuse_other_tensors(
+    reader: HFReader, expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
+) -> None:
+    if missing := [name for name in expected if name not in reader]:
+        raise ValueError(f"{reader.path} lacks {missing[0]!r} ({len(missing)} missing) that its config.json implies")
+    if unknown := [name for name in reader.names if name not in expected]:
+        raise ValueError(f"{reader.path} holds {unknown[0]!r} ({len(unknown)} such), which its config.json rules out")
+    for name, (size, dtypes) in expected.items():
+        if reader.shape(name) != size:
+            raise ValueError(f"{name!r} has shape {reader.shape(name)}; {reader.path}/{CONFIG} implies {size}")
+        if reader.dtype(name) not in dtypes:
+            raise ValueError(f"{name!r} is {reader.dtype(name)}; expected {' or '.join(map(str, dtypes))}")
+
+
+def _read_header(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor in a safetensors file, whose size must be what its header says."""
+    try:
+        with safe_open(file, framework="pt") as stream:
+            slices = {name: stream.get_slice(name) for name in stream.offset_keys()}
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        size = file.stat().st_size
+        raise ValueError(f"{file} ({size} bytes) is truncated or damaged: {error}; fetch it again") from None
+    for name, (dtype, _) in found.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{file.name}: tensor {name!r} has type {dtype}; known: {', '.join(DTYPES)}")
+    return {name: (DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}
+
+
+def _read_json(file: Path) -> dict:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; expected a Hugging Face model folder")
+    return _parse_json(file.read_bytes(), file)
+
+
+def _parse_json(text: bytes, file: Path) -> dict:
+    """A JSON object. A repeated key is an error: Python would keep the last one, other readers the first."""
+
+    def refuse_repeats(pairs: list[tuple[str, object]]) -> dict:
+        keys = [key for key, _ in pairs]
+        if repeated := [key for key in keys if keys.count(key) > 1] if len(set(keys)) < len(keys) else []:
+            raise ValueError(f"{repeated[0]!r} appears twice")
+        return dict(pairs)
+
+    try:
+        parsed = json.loads(text, object_pairs_hook=refuse_repeats)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{file} holds JSON of type {type(parsed).__name__}; expected an object")
+    return parsed
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,243 @@
+"""Transformer layers for the CPU backend: what TransformerEngine does on a GPU, in plain torch.
+
+- `QuantisedMatmul`: the three GEMMs of a linear layer on FP8 codes. Codes and scales are those of `infir2.fp8`, the
+  products are accumulated in FP32, so the forward differs from the GPU's only in the order of addition.
+- Linear layers, RMSNorm and attention that understand tensor, sequence and context parallelism and packed sequences.
+- `layer_spec`: hands them to Megatron's model builder.
+
+Parameter names in checkpoints are those of TransformerEngine's layers: Megatron's own local specification maps them.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.fp8_utils import is_first_last_bf16_layer
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from infir2 import fp8
+from infir2.precision import scale_format
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How the operands of one layer's GEMMs are quantised: formats of forward operands and of gradients, and scales."""
+
+    forward: fp8.Format
+    gradient: fp8.Format
+    scale_fmt: str
+
+    @classmethod
+    def from_config(cls, config) -> "Quantisation | None":
+        """Read Megatron's `TransformerConfig`; None where it asks for no FP8. A recipe not emulated is a ValueError."""
+        if config.fp8 is None:
+            return None
+        if config.fp8_recipe != "blockwise":
+            raise ValueError(f"the CPU backend emulates --fp8-recipe blockwise; found '{config.fp8_recipe}'")
+        gradient = fp8.E5M2 if config.fp8 == "hybrid" else fp8.E4M3
+        return cls(fp8.E4M3, gradient, scale_format())
+
+    def activation(self, x: Tensor, tile: tuple[int, int]) -> Tensor:
+        return fp8.fake_quantize(x, tile, fmt=self.forward, scale_fmt=self.scale_fmt)
+
+    def weight(self, w: Tensor) -> Tensor:
+        return fp8.fake_quantize(w, fp8.BLOCK, fmt=self.forward, scale_fmt=self.scale_fmt)
+
+    def output_gradient(self, g: Tensor, tile: tuple[int, int]) -> Tensor:
+        return fp8.fake_quantize(g, tile, fmt=self.gradient, scale_fmt=self.scale_fmt)
+
+
+class QuantisedMatmul(torch.autograd.Function):
+    """y = q(x) q(w)^T, dx = q(g) q(w), dw = q(g)^T q(x), each operand in tiles along its GEMM's inner dimension.
+
+    x: [..., K], w: [N, K], both of one floating type; tokens (the product of x's leading sizes) and K multiples of 128.
+    As in TransformerEngine, x is kept only as its column-wise codes, and the weight's 128x128 blocks serve both GEMMs.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, quantisation: Quantisation) -> Tensor:
+        x_TK = x.reshape(-1, x.shape[-1])
+        if x_TK.shape[0] % 128:
+            raise ValueError(
+                f"FP8 needs a multiple of 128 tokens on each rank, found {x_TK.shape[0]}; "
+                "change --micro-batch-size or --seq-length"
+            )
+        w_NK = quantisation.weight(w)
+        y_TN = _matmul(quantisation.activation(x_TK, fp8.ROW), w_NK.t(), x.dtype)
+        ctx.save_for_backward(quantisation.activation(x_TK, fp8.COLUMN) if w.requires_grad else None, w_NK)
+        ctx.quantisation = quantisation
+        return y_TN.view(*x.shape[:-1], w.shape[0])
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_TK, w_NK = ctx.saved_tensors
+        g_TN = g.reshape(-1, g.shape[-1])
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _matmul(ctx.quantisation.output_gradient(g_TN, fp8.ROW), w_NK, g.dtype)
+            dx = dx.view(*g.shape[:-1], w_NK.shape[1])
+        if ctx.needs_input_grad[1]:
+            dw = _matmul(ctx.quantisation.output_gradient(g_TN, fp8.COLUMN).t(), x_TK, g.dtype)
+        return dx, dw, None
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b accumulated in FP32 and returned in `dtype`; operands may differ in type (E5M2 with FP32 scales is FP32)."""
+    if a.dtype != b.dtype:
+        a, b = a.float(), b.float()
+    return (a @ b).to(dtype)
+
+
+class _QuantisedLinear:
+    """Replaces the GEMM of Megatron's parallel linear layers; their communication stays Megatron's."""
+
+    quantisation: Quantisation
+
+    def _forward_impl(
+        self, input, weight, bias=None, allreduce_dgrad=False, sequence_parallel=False, tp_group=None, **_
+    ):
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, True, group=tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+        output = QuantisedMatmul.apply(input, weight, self.quantisation)
+        return output if bias is None else output + bias
+
+
+class QuantisedColumnParallelLinear(_QuantisedLinear, tensor_parallel.ColumnParallelLinear):
+    def __init__(self, *args, quantisation: Quantisation, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.quantisation = quantisation
+
+
+class QuantisedRowParallelLinear(_QuantisedLinear, tensor_parallel.RowParallelLinear):
+    def __init__(self, *args, quantisation: Quantisation, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.quantisation = quantisation
+
+
+class RMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in FP32 and rounded before the product, as Hugging Face's Qwen2."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over the TP group
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather along dimension 0 over the context-parallel group; the backward sums the gradients and slices."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group) -> Tensor:
+        ctx.group = group
+        shards = [torch.empty_like(x) for _ in range(group.size())]
+        torch.distributed.all_gather(shards, x.contiguous(), group=group)
+        return torch.cat(shards)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+        g = g.contiguous()
+        torch.distributed.all_reduce(g, group=ctx.group)
+        return g.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+class CoreAttention(torch.nn.Module):
+    """Causal grouped-query attention, [s, b, heads, d] or packed [tokens, heads, d] with `packed_seq_params`.
+
+    Under context parallelism each rank holds chunks r and 2n-1-r of the sequence (Megatron's balanced order), and keys
+    and values are gathered: simple, and exact.
+    """
+
+    def __init__(
+        self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, pg_collection=None, **_
+    ):
+        super().__init__()
+        self.context_group, self.scale = pg_collection.cp, softmax_scale
+
+    def forward(self, query, key, value, attention_mask=None, packed_seq_params=None, **_):
+        packed = query.dim() == 3
+        if packed:
+            query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        if self.context_group.size() > 1:
+            key, value = (_GatherSequence.apply(t, self.context_group) for t in (key, value))
+        mask = self._mask(query.shape[0], packed_seq_params)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
+        out = out.permute(2, 0, 1, 3)
+        return out.reshape(out.shape[0], -1) if packed else out.reshape(*out.shape[:2], -1)
+
+    def _mask(self, length: int, packed_seq_params) -> Tensor | None:
+        """Which keys each query may see, [length, keys]; None where plain causal attention is meant."""
+        size, rank = self.context_group.size(), self.context_group.rank()
+        if size == 1 and packed_seq_params is None:
+            return None
+        query_at = _chunk_positions(length, size, rank)
+        key_at = torch.cat([_chunk_positions(length, size, r) for r in range(size)])
+        mask = query_at[:, None] >= key_at[None]
+        if packed_seq_params is not None:
+            if size > 1:
+                raise NotImplementedError("packed sequences under context parallelism need the SFT data layout")
+            sequence = torch.bucketize(query_at, packed_seq_params.cu_seqlens_q, right=True)
+            mask &= sequence[:, None] == sequence[None]
+        return mask
+
+
+def _chunk_positions(length: int, size: int, rank: int) -> Tensor:
+    """Positions in the whole sequence of a rank's `length` tokens: chunks `rank` and `2 * size - 1 - rank`."""
+    half = torch.arange(length // 2)
+    if size == 1:
+        return torch.arange(length)
+    return torch.cat([half + rank * len(half), half + (2 * size - 1 - rank) * len(half)])
+
+
+def layer_spec(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, for `GPTModelConfig.transformer_layer_spec`.
+
+    `first_last_layers_bf16` keeps layers in BF16, as on the GPU. Clears `config.fp8` afterwards: with it set, Megatron
+    0.19.2 calls TransformerEngine's checkpoint function under --recompute-granularity full.
+    """
+    config = model_config.transformer
+    quantisation = Quantisation.from_config(config)
+    count = get_num_layers_to_build(config, vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage)
+    layers = [
+        _layer(config, None if is_first_last_bf16_layer(config, first + index) else quantisation)
+        for index in range(count)
+    ]
+    config.fp8 = None
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _layer(config, quantisation: Quantisation | None) -> ModuleSpec:
+    column, row = tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
+    if quantisation is not None:
+        column = functools.partial(QuantisedColumnParallelLinear, quantisation=quantisation)
+        row = functools.partial(QuantisedRowParallelLinear, quantisation=quantisation)
+    layer = get_gpt_layer_local_spec(normalization=config.normalization)
+    attention = layer.submodules.self_attention.submodules
+    attention.linear_qkv, attention.linear_proj, attention.core_attention = column, row, CoreAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.mlp = functools.partial(
+        MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    )
+    return layer

@@ -1,0 +1,80 @@
+"""What "bf16" and "fp8" mean in this repository, for every stage: the one table of named precisions.
+
+A precision is a set of Megatron flags. On a GPU TransformerEngine carries them out; on a CPU `infir2.layers` emulates
+the same quantisation. `python -m infir2.precision NAME` prints the flags, one a line; scripts/lib/precision.sh reads it.
+
+`SCALE_FMT` (environment) is the one switch for the format of scales: "pow2" (default) or "fp32". `set_scale_format`
+hands it to TransformerEngine, which reads its own variable once, when it is imported.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+
+SCALE_FORMATS = ("pow2", "fp32")
+TE_FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A named precision: what it is in one line, and the Megatron flags that ask for it."""
+
+    summary: str
+    flags: tuple[str, ...]
+
+
+PRECISIONS = {
+    "bf16": Precision("every GEMM in BF16", ("--bf16",)),
+    "fp8": Precision(
+        "linear layers in FP8 E4M3, activations and gradients by 1x128, weights by 128x128",
+        ("--bf16", "--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
+    ),
+    "fp8-hybrid": Precision(
+        "as fp8, with gradients in E5M2", ("--bf16", "--fp8-format", "hybrid", "--fp8-recipe", "blockwise")
+    ),
+}
+
+
+def flags(name: str) -> tuple[str, ...]:
+    """Megatron flags of the precision `name`. An unknown name is a ValueError that lists the known ones."""
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown precision '{name}'; known: {' '.join(PRECISIONS)}")
+    return PRECISIONS[name].flags
+
+
+def scale_format() -> str:
+    """The scale format of this run, from `SCALE_FMT`: "pow2" unless set. Another word is a ValueError."""
+    chosen = os.environ.get("SCALE_FMT", "pow2")
+    if chosen not in SCALE_FORMATS:
+        raise ValueError(f"SCALE_FMT is '{chosen}'; known: {' '.join(SCALE_FORMATS)}")
+    return chosen
+
+
+def set_scale_format() -> str:
+    """Set TransformerEngine's variable from `SCALE_FMT` and return the format.
+
+    Call before TransformerEngine is imported. A variable already set to the other format is a ValueError: weights
+    trained with one format and exported in the other carry a second rounding, 2.7 to 2.8 % of their size.
+    """
+    if "transformer_engine" in sys.modules:
+        raise RuntimeError("transformer_engine was imported before its scale format was set")
+    fmt = scale_format()
+    wanted = "1" if fmt == "fp32" else "0"
+    found = os.environ.get(TE_FP32_SCALES)
+    if found is not None and found != wanted:
+        raise ValueError(f"{TE_FP32_SCALES}={found} contradicts SCALE_FMT={fmt}; unset it, SCALE_FMT sets it")
+    os.environ[TE_FP32_SCALES] = wanted
+    return fmt
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m infir2.precision NAME")
+    try:
+        print(*flags(sys.argv[1]), sep="\n")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

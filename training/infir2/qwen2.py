@@ -1,0 +1,209 @@
+"""The Qwen2 architecture: its Hugging Face `config.json`, Megatron's flags for it, and the map between their tensors.
+
+`python -m infir2.qwen2 DIR` prints the flags that fix the shape of the network, one a line: scripts never retype them.
+
+Tensors. Hugging Face keeps q, k, v and gate, up apart. Megatron keeps one `linear_qkv`, whose rows are interleaved by
+KV group (the group's query heads, its key head, its value head), and one `linear_fc1`, gate above up. At tensor
+parallelism 1 the map only splits, joins and reorders rows, so it is exact in every dtype, both ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # printing flags must not wait for torch
+    from torch import Tensor
+
+ARCHITECTURE = "Qwen2ForCausalLM"
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What fixes a Qwen2 network. Sizes in elements, `rope_base` and `norm_eps` as in config.json."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocab: int
+    tied: bool
+    rope_base: float
+    norm_eps: float
+    max_positions: int
+
+    @classmethod
+    def from_config(cls, config: dict) -> Shape:
+        """From a Hugging Face config.json. Another architecture, or a variant that Megatron would not compute, is a
+        ValueError."""
+        found = config.get("architectures") or [config.get("model_type")]
+        if ARCHITECTURE not in found and config.get("model_type") != "qwen2":
+            raise ValueError(f"architecture {found} is not supported; known: {ARCHITECTURE}")
+        rope = config.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
+            raise ValueError(f"RoPE scaling is not supported; found {rope or config.get('rope_scaling')}")
+        if config.get("use_sliding_window"):
+            raise ValueError("sliding-window attention is not supported; set use_sliding_window to false")
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            ffn=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config["num_key_value_heads"],
+            head_size=config.get("head_dim") or hidden // heads,
+            vocab=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+            rope_base=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
+            norm_eps=config["rms_norm_eps"],
+            max_positions=config["max_position_embeddings"],
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> Shape:
+        """From a Hugging Face folder. FileNotFoundError names the config.json that is missing."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face model folder")
+        return cls.from_config(json.loads(path.read_text()))
+
+    def megatron_arguments(self) -> dict[str, object]:
+        """Megatron's names of arguments (attributes after parsing) with the values that this shape fixes."""
+        return {
+            "num_layers": self.layers,
+            "hidden_size": self.hidden,
+            "ffn_hidden_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_query_groups": self.kv_heads,
+            "kv_channels": self.head_size,
+            "vocab_size": self.vocab,
+            "padded_vocab_size": self.vocab,  # one height in every stage; Megatron would pad it by TP
+            "rotary_base": int(self.rope_base),
+            "layernorm_epsilon": self.norm_eps,
+            "untie_embeddings_and_output_weights": not self.tied,
+        }
+
+    def refuse_fp8(self, tensor_parallel: int = 1) -> None:
+        """ValueError where a block of 128 would cross a boundary: the 128 rule of docs/numerics.md."""
+        tp = tensor_parallel
+        sizes = {
+            "hidden size": self.hidden,
+            "head size": self.head_size,
+            "rows of q on each tensor-parallel rank": self.heads * self.head_size // tp,
+            "rows of k and v on each tensor-parallel rank": self.kv_heads * self.head_size // tp,
+            "ffn size on each tensor-parallel rank": self.ffn // tp,
+        }
+        for what, size in sizes.items():
+            if size % BLOCK:
+                raise ValueError(
+                    f"FP8 needs multiples of {BLOCK}: the {what} is {size} (TP {tp}); use another TP or BF16"
+                )
+
+
+def megatron_flags(shape: Shape) -> list[str]:
+    """Megatron's command-line flags for `shape`, Qwen2's fixed choices included."""
+    words = ["--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear", "--add-qkv-bias"]
+    words += ["--position-embedding-type", "rope", "--group-query-attention"]
+    words += ["--attention-dropout", "0.0", "--hidden-dropout", "0.0"]  # Megatron's own default is 0.1
+    for name, value in shape.megatron_arguments().items():
+        flag = "--norm-epsilon" if name == "layernorm_epsilon" else "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not False:
+            words += [flag, str(value)]
+    return words
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron tensor and the Hugging Face tensors it holds.
+
+    `join` makes the Megatron tensor from the others, in order; `split` is its inverse.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    join: Callable[..., Tensor]
+    split: Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def entries(shape: Shape) -> Iterator[Entry]:
+    """Every tensor of the model, in the order of the network. A tied head has no entry: it is the embedding."""
+    yield _same("embedding.word_embeddings.weight", "model.embed_tokens.weight")
+    for i in range(shape.layers):
+        yield from _layer_entries(shape, f"decoder.layers.{i}.", f"model.layers.{i}.")
+    yield _same("decoder.final_layernorm.weight", "model.norm.weight")
+    if not shape.tied:
+        yield _same("output_layer.weight", "lm_head.weight")
+
+
+def _layer_entries(shape: Shape, megatron: str, hf: str) -> Iterator[Entry]:
+    attention = hf + "self_attn."
+    yield _same(megatron + "self_attention.linear_qkv.layer_norm_weight", hf + "input_layernorm.weight")
+    for kind in ("weight", "bias"):
+        names = tuple(f"{attention}{x}_proj.{kind}" for x in "qkv")
+        yield Entry(f"{megatron}self_attention.linear_qkv.{kind}", names, *_qkv(shape))
+    yield _same(megatron + "self_attention.linear_proj.weight", attention + "o_proj.weight")
+    yield _same(megatron + "mlp.linear_fc1.layer_norm_weight", hf + "post_attention_layernorm.weight")
+    gate_up = (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight")
+    yield Entry(megatron + "mlp.linear_fc1.weight", gate_up, _stack, lambda w: w.chunk(2))
+    yield _same(megatron + "mlp.linear_fc2.weight", hf + "mlp.down_proj.weight")
+
+
+def _same(megatron: str, hf: str) -> Entry:
+    return Entry(megatron, (hf,), lambda w: w, lambda w: (w,))
+
+
+def _stack(*parts: Tensor, dim: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat(parts, dim)
+
+
+def _qkv(shape: Shape) -> tuple[Callable[..., Tensor], Callable[[Tensor], tuple[Tensor, ...]]]:
+    groups, d = shape.kv_heads, shape.head_size
+    rows = [shape.heads // groups * d, d, d]  # of q, k, v in one group
+
+    def join(*qkv: Tensor) -> Tensor:
+        parts = [t.reshape(groups, n, *t.shape[1:]) for t, n in zip(qkv, rows, strict=True)]
+        return _stack(*parts, dim=1).flatten(0, 1)
+
+    def split(fused: Tensor) -> tuple[Tensor, ...]:
+        parts = fused.reshape(groups, sum(rows), *fused.shape[1:]).split(rows, dim=1)
+        return tuple(t.flatten(0, 1).contiguous() for t in parts)
+
+    return join, split
+
+
+# Sizes that a script can insist on, so that the numbers of one model are not run on another: (layers, hidden size).
+SIZES = {"Qwen2.5-1.5B": (28, 1536), "Qwen2.5-7B": (28, 3584)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the Megatron flags that a Qwen2 model folder fixes.")
+    parser.add_argument("folder", type=Path, help="Hugging Face folder with a config.json")
+    parser.add_argument("--expect", help=f"refuse a model of another size; checked names: {', '.join(SIZES)}")
+    args = parser.parse_args()
+    try:
+        shape = Shape.from_folder(args.folder)
+        expected = SIZES.get(args.expect, (shape.layers, shape.hidden))
+        if expected != (shape.layers, shape.hidden):
+            raise ValueError(
+                f"{args.folder} has {shape.layers} layers of hidden size {shape.hidden}; {args.expect} has "
+                f"{expected[0]} of {expected[1]}"
+            )
+        print(*megatron_flags(shape), sep="\n")
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
