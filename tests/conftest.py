@@ -11,7 +11,7 @@ from infir2.indexed import IndexedWriter
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Prefix of a tokenised corpus that can be learned: documents that count in 16 tokens, with a random start and step."""
+    """Prefix of a tokenised corpus that can be learned: documents that count in 16 tokens, start and step random."""
     prefix = tmp_path_factory.mktemp("corpus") / "train"
     random = np.random.default_rng(0)
     with IndexedWriter(prefix, vocab_size=256) as writer:

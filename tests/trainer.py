@@ -19,75 +19,16 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["zygote"])
 
 # A model small enough for 30 ms a step that still keeps the 128 rule at TP2: 2 heads and 2 KV groups of size 128.
-MODEL = [
-    "--num-layers",
-    "2",
-    "--hidden-size",
-    "128",
-    "--ffn-hidden-size",
-    "256",
-    "--num-attention-heads",
-    "2",
-    "--group-query-attention",
-    "--num-query-groups",
-    "2",
-    "--kv-channels",
-    "128",
-    "--normalization",
-    "RMSNorm",
-    "--swiglu",
-    "--position-embedding-type",
-    "rope",
-    "--rotary-base",
-    "1000000",
-    "--norm-epsilon",
-    "1e-6",
-    "--add-qkv-bias",
-    "--disable-bias-linear",
-    "--attention-dropout",
-    "0",
-    "--hidden-dropout",
-    "0",
-    "--vocab-size",
-    "256",
-    "--padded-vocab-size",
-    "256",
-    "--tokenizer-type",
-    "NullTokenizer",
-    "--seq-length",
-    "128",
-    "--max-position-embeddings",
-    "128",
-    "--micro-batch-size",
-    "2",
-    "--global-batch-size",
-    "4",
-    "--no-create-attention-mask-in-dataloader",
-    "--lr",
-    "3e-3",
-    "--min-lr",
-    "3e-4",
-    "--lr-decay-style",
-    "WSD",
-    "--lr-wsd-decay-style",
-    "cosine",
-    "--lr-warmup-iters",
-    "4",
-    "--lr-wsd-decay-iters",
-    "6",
-    "--weight-decay",
-    "0.1",
-    "--clip-grad",
-    "1.0",
-    "--log-interval",
-    "1",
-    "--eval-interval",
-    "1000",
-    "--eval-iters",
-    "0",
-    "--seed",
-    "1236",
-]
+MODEL = (
+    "--num-layers 2 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 2 --group-query-attention "
+    "--num-query-groups 2 --kv-channels 128 --normalization RMSNorm --swiglu --position-embedding-type rope "
+    "--rotary-base 1000000 --norm-epsilon 1e-6 --add-qkv-bias --disable-bias-linear --attention-dropout 0 "
+    "--hidden-dropout 0 --vocab-size 256 --padded-vocab-size 256 --tokenizer-type NullTokenizer "
+    "--seq-length 128 --max-position-embeddings 128 --micro-batch-size 2 --global-batch-size 4 "
+    "--no-create-attention-mask-in-dataloader --lr 3e-3 --min-lr 3e-4 --lr-decay-style WSD "
+    "--lr-wsd-decay-style cosine --lr-warmup-iters 4 --lr-wsd-decay-iters 6 --weight-decay 0.1 --clip-grad 1.0 "
+    "--log-interval 1 --eval-interval 1000 --eval-iters 0 --seed 1236"
+).split()
 FP8 = ["--bf16", "--fp8-format", "e4m3", "--fp8-recipe", "blockwise"]
 
 
@@ -150,3 +91,20 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def with_megatron(module: str, function: str, *arguments):
+    """Result of `module.function(*arguments)` in a process that has Megatron. The module may lie in tests/ or tools/."""
+    ours, theirs = _context.Pipe(duplex=False)
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tools")]
+    process = _context.Process(target=launch.call, args=(path, module, function, arguments, theirs))
+    process.start()
+    theirs.close()
+    try:
+        succeeded, result = ours.recv()
+    except EOFError:
+        raise AssertionError(f"{module}.{function} ended without a result") from None
+    finally:
+        process.join()
+    assert succeeded, result
+    return result

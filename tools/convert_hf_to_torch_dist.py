@@ -23,6 +23,16 @@ from infir2.hf import HFReader
 from infir2.qwen2 import Entry, Shape, entries
 
 
+# Modules of TransformerEngine for which Megatron asks a checkpoint for their (in these recipes empty) FP8 state.
+_HAS_EXTRA_STATE = (
+    "linear_qkv.weight",
+    "linear_proj.weight",
+    "linear_fc1.weight",
+    "linear_fc2.weight",
+    "final_layernorm.weight",
+)
+
+
 def convert(source: Path, output: Path) -> None:
     """Write `source` as a torch_dist checkpoint in the new folder `output`, which appears only when complete."""
     if output.exists():
@@ -57,10 +67,9 @@ def _sharded_state(reader: HFReader, shape: Shape) -> dict:
         state[entry.megatron] = ShardedTensor.from_rank_offsets(
             key, tensor, *offsets, prepend_axis_num=0 if layer is None else 1
         )
-        module = key.rpartition(".")[0]
-        if layer is not None and key.endswith(".weight"):  # linear layers: Megatron asks for their (empty) FP8 state
-            name = f"{module}._extra_state"
-            state[f"{entry.megatron}._extra_state"] = ShardedObject(name, None, (shape.layers,), (layer,))
+        if entry.megatron.endswith(_HAS_EXTRA_STATE):
+            at = ((1,), (0,)) if layer is None else ((shape.layers,), (layer,))
+            state[f"{entry.megatron} extra"] = ShardedObject(f"{key.rpartition('.')[0]}._extra_state", None, *at)
     unknown = set(reader.names) - known - ({"lm_head.weight"} if shape.tied else set())
     if unknown:
         raise ValueError(f"{len(unknown)} tensors have no place in a Qwen2 model, for example {sorted(unknown)[0]}")

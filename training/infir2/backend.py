@@ -14,6 +14,7 @@ that every one still exists in the pinned releases, so an upgrade cannot turn a 
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 import queue
 import sys
@@ -48,6 +49,14 @@ def name() -> str:
     return chosen or ("gpu" if torch.cuda.is_available() else "cpu")
 
 
+def arguments(kind: str) -> tuple[str, ...]:
+    """Flags that this machine needs, to be added to the command line."""
+    if kind == "cpu":
+        return CPU_ARGUMENTS
+    fused = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")  # apex's extension
+    return () if fused else ("--no-gradient-accumulation-fusion",)
+
+
 def install() -> str:
     """Prepare torch and Megatron for this machine, importing Megatron; returns `name()`. Safe to call twice."""
     kind = name()
@@ -61,6 +70,9 @@ def install() -> str:
 def _install_cpu() -> None:
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron was imported before infir2.backend.install(); call install() first")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for package in ("transformer_engine", "apex"):  # where they are installed Megatron takes their CUDA optimizer
+        sys.modules[package] = None
     _patch(TORCH_ON_CPU)
     CudaToCpu().__enter__()  # for the life of the process
     _patch(MEGATRON_ON_CPU)
@@ -161,7 +173,7 @@ class _Device:
 
 
 def _returning(make_value: Callable[[], Any]) -> Callable[[Any], Any]:
-    """A row for an attribute whose calls all give `make_value()`. One function object per name: dynamo refuses aliases."""
+    """A row for a function that gives `make_value()`. Each row gets a function of its own: dynamo refuses aliases."""
     return lambda original: lambda *args, **kwargs: make_value()
 
 

@@ -57,8 +57,9 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The header comes first in the file but is complete only at the end, so its room is reserved and padded with spaces,
 # as the format allows. 128 KiB hold about a thousand tensors; a shard also ends when its header is full.
 _DATA_START = 128 * 1024
+_CHUNK_BYTES = 64 * 1024**2
 # What may wait between reading and writing, in bytes of input.
-_IN_FLIGHT_BYTES = 256 * 1024**2
+_IN_FLIGHT_BYTES = 640 * 1024**2
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 _FP8_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
 
@@ -104,6 +105,14 @@ class HFReader:
         with safe_open(self._tensors[name][0], framework="pt") as file:
             return file.get_tensor(name)
 
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """The tensor's rows in pieces of about 64 MB, of which only the current one is in memory."""
+        shape = self.shape(name)
+        step = max(1, _CHUNK_BYTES * shape[0] // max(1, self.nbytes(name))) if shape else 1
+        for start in range(0, shape[0], step):
+            with safe_open(self._tensors[name][0], framework="pt") as file:
+                yield file.get_slice(name)[start : start + step]
+
     def side_files(self) -> list[Path]:
         """What belongs to a model besides config and weights, relative: tokenizer, templates, generation config, ..."""
         weights = {file for pattern in _WEIGHT_FILES for file in self.path.glob(pattern)}
@@ -116,7 +125,7 @@ class HFReader:
     ) -> Iterator[T]:
         """function(name, tensor) for every name, on `workers` threads, results in order; a progress bar on stderr.
 
-        Tensors of 256 MB together, or a single larger one, are on their way at a time.
+        Tensors of 640 MB together, or a single larger one, are on their way at a time.
         """
         waiting: deque[tuple[str, Future[T]]] = deque()
         bar = tqdm(total=sum(map(self.nbytes, names)), unit="B", unit_scale=True, desc=progress)
@@ -369,6 +378,13 @@ def scale_format_of(config: dict) -> str:
     if (word := found.get("scale_fmt")) not in formats:
         raise ValueError(f"quantization_config.scale_fmt is {word!r}; known: 'ue8m0', 'float', or no such key")
     return formats[word]
+
+
+def refuse_difference(name: str, written: Tensor, expected: Tensor) -> None:
+    """ValueError with the tensor's name unless both have the same dtype, shape and bits."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[expected.element_size()]
+    if written.dtype != expected.dtype or not torch.equal(written.view(bits), expected.view(bits)):
+        raise ValueError(f"{name!r} was not written as it was cast; check the disk and cast again")
 
 
 def set_dtype(config: dict, dtype: str) -> None:

@@ -93,7 +93,7 @@ class QuantisedMatmul(torch.autograd.Function):
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b accumulated in FP32 and returned in `dtype`; operands may differ in type (E5M2 with FP32 scales is FP32)."""
+    """a @ b accumulated in FP32, in `dtype`. The operands may differ in type: with FP32 scales they are FP32."""
     if a.dtype != b.dtype:
         a, b = a.float(), b.float()
     return (a @ b).to(dtype)
@@ -140,6 +140,15 @@ class RMSNorm(torch.nn.Module):
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return y.to(x.dtype) * self.weight
+
+
+class FinalRMSNorm(RMSNorm):
+    """The block's last norm. TransformerEngine's keeps an (empty) extra state in checkpoints, and asks for it."""
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state) -> None: ...
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -225,7 +234,7 @@ def layer_spec(model_config, vp_stage: int | None = None) -> TransformerBlockSub
         for index in range(count)
     ]
     config.fp8 = None
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=FinalRMSNorm)
 
 
 def _layer(config, quantisation: Quantisation | None) -> ModuleSpec:

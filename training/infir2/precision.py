@@ -1,7 +1,7 @@
 """What "bf16" and "fp8" mean in this repository, for every stage: the one table of named precisions.
 
 A precision is a set of Megatron flags. On a GPU TransformerEngine carries them out; on a CPU `infir2.layers` emulates
-the same quantisation. `python -m infir2.precision NAME` prints the flags, one a line; scripts/lib/precision.sh reads it.
+the same quantisation. `python -m infir2.precision NAME` prints the flags, one a line, for scripts/lib/precision.sh.
 
 `SCALE_FMT` (environment) is the one switch for the format of scales: "pow2" (default) or "fp32". `set_scale_format`
 hands it to TransformerEngine, which reads its own variable once, when it is imported.
@@ -56,7 +56,7 @@ def set_scale_format() -> str:
     Call before TransformerEngine is imported. A variable already set to the other format is a ValueError: weights
     trained with one format and exported in the other carry a second rounding, 2.7 to 2.8 % of their size.
     """
-    if "transformer_engine" in sys.modules:
+    if sys.modules.get("transformer_engine") is not None:
         raise RuntimeError("transformer_engine was imported before its scale format was set")
     fmt = scale_format()
     wanted = "1" if fmt == "fp32" else "0"

@@ -253,8 +253,8 @@ def _check_start(args: Namespace, start: Start, identity: dict[str, Any]) -> Non
         found = json.loads(parent.read_text()).get("optimizer")
         if found != identity["optimizer"]:
             raise CheckpointError(
-                f"{start.folder} holds the state of the {found} optimizer, this run has the {identity['optimizer']} one; "
-                f"start from its weights and masters instead: --pretrained-checkpoint {start.folder}"
+                f"{start.folder} holds the state of the {found} optimizer, this run has the {identity['optimizer']} "
+                f"one; start from its weights and masters instead: --pretrained-checkpoint {start.folder}"
             )
 
 
@@ -306,7 +306,7 @@ def _record(save: Path, identity: dict[str, Any]) -> None:
 
 
 def _check_disk(args: Namespace) -> None:
-    """Room for one checkpoint: 14 bytes a parameter (BF16 weights, FP32 master and two moments), or 12 without BF16."""
+    """Room for one checkpoint: 14 bytes a parameter (BF16 weight, FP32 master and two moments), 12 without BF16."""
     existing = next(path for path in (Path(args.save).absolute(), *Path(args.save).absolute().parents) if path.exists())
     layer = args.hidden_size * (
         _qkv_rows(args) + 3 * args.ffn_hidden_size + args.num_attention_heads * args.kv_channels

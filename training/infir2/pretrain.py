@@ -65,8 +65,7 @@ def parse(kind: str, scale_fmt: str):
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
-    if kind == "cpu":
-        sys.argv += backend.CPU_ARGUMENTS
+    sys.argv += backend.arguments(kind)
     args = parse_args(add_arguments)
     start = preflight.check(args, kind, scale_fmt) if args.rank == 0 else preflight.choose_start(args)
     validate_args(args)
