@@ -10,7 +10,7 @@ from tolerances import LOGITS
 from trainer import train, with_megatron
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from infir2.checkpoint import MASTER_PREFIX, CheckpointError, TorchDist, resolve
+from infir2.checkpoint import CheckpointError, TorchDist, resolve
 from infir2.hf import HFReader
 from infir2.qwen2 import Shape, entries, megatron_flags
 
@@ -102,7 +102,7 @@ def test_masters_are_exported(trained, tmp_path):
     differing = 0
     for entry in entries(shape):
         parts = [fp32.tensor(name) for name in entry.hf]
-        master = stored.read(MASTER_PREFIX + entry.megatron)
+        master = stored.read("optimizer.state.fp32_param." + entry.megatron)
         assert torch.equal(entry.join(*parts), master[: len(entry.join(*parts))])
         for name, part in zip(entry.hf, parts, strict=True):
             assert torch.equal(part.bfloat16(), bf16.tensor(name))

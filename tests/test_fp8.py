@@ -266,7 +266,9 @@ def test_power_of_two_values_survive_a_second_quantisation(x, tile, fmt):
     assert torch.equal(dequantize(again, scale_inv_again, tile), values)
     largest = tile_maxima(dequantize(codes, torch.ones_like(scale_inv), tile), tile)
     halves = (largest == fmt.max / 2) & (scale_inv > 2.0**-127)
-    assert torch.equal(scale_inv_again, torch.where(halves, scale_inv / 2, scale_inv))
+    expected = torch.where(halves, scale_inv / 2, scale_inv)
+    expected[largest == 0] = 1.0  # all zeros now, or then: an FP32 amax below 2^-137 rounds to zeros
+    assert torch.equal(scale_inv_again, expected)
 
 
 def tile_maxima(x: torch.Tensor, tile: fp8.Tile) -> torch.Tensor:

@@ -227,6 +227,28 @@ def test_writer_shards_and_indexes_as_hugging_face(model, tmp_path):
     assert torch.equal(torch.cat(list(again.chunks(LINEAR))), expected[LINEAR])
 
 
+def test_large_tensors_are_verified_in_pieces_of_any_dtype(tmp_path, monkeypatch):
+    """Pins a comparison in pieces of equal bytes: those of an FP32 input and of its BF16 output do not match."""
+    monkeypatch.setattr(hf, "_CHUNK_ELEMENTS", 1000)
+    model = write_folder(tmp_path / "model", weights(dtype=torch.float32))
+    assert to_fp8(model, tmp_path / "fp8") == to_bf16(tmp_path / "fp8", tmp_path / "bf16") == 0
+
+
+def test_writer_keeps_data_aligned(tmp_path):
+    """Pins an FP32 tensor behind an odd number of BF16 ones, which torch cannot map from the file."""
+    tensors = {
+        "a": torch.ones(3, dtype=torch.bfloat16),
+        "b": torch.arange(5.0),
+        "c": torch.ones(7).to(torch.float8_e5m2),
+    }
+    with hf.HFWriter(tmp_path / "out") as writer:
+        writer.config["quantization_config"] = {}
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    reader = hf.HFReader(tmp_path / "out")
+    assert all(torch.equal(reader.tensor(n).float(), t.float()) for n, t in tensors.items())
+
+
 def test_header_that_is_full_starts_a_shard(tmp_path):
     """Pins the room reserved for the header: many small tensors must not run over it into the data."""
     with hf.HFWriter(tmp_path / "out") as writer:
@@ -326,6 +348,10 @@ SINGLE_FAULTS = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
     "list for config": (lambda f: (f / "config.json").write_text("[]"), "config.json holds JSON of type list"),
+    "config without a size": (
+        lambda f: (f / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}'),
+        "config.json lacks",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
     "cut in data": (lambda f: truncate(f, 500_000), "model.safetensors (500000 bytes) is truncated"),
     "cut in header": (lambda f: truncate(f, 100), "model.safetensors (100 bytes) is truncated"),

@@ -10,3 +10,6 @@ FP8_LAYOUTS = 5e-3
 
 # Megatron's and Hugging Face's FP32 forward of one set of weights: the same operations in another order of addition.
 LOGITS = 1e-4
+
+# A GEMM accumulated in FP32 and rounded once to BF16 (2^-9 of an element, relative to the largest), against FP64.
+BF16_OUTPUT = 2**-8

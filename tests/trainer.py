@@ -94,7 +94,7 @@ def _free_port() -> int:
 
 
 def with_megatron(module: str, function: str, *arguments):
-    """Result of `module.function(*arguments)` in a process that has Megatron. The module may lie in tests/ or tools/."""
+    """Result of `module.function(*arguments)` in a process that has Megatron; modules of tests/ and tools/ too."""
     ours, theirs = _context.Pipe(duplex=False)
     path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tools")]
     process = _context.Process(target=launch.call, args=(path, module, function, arguments, theirs))

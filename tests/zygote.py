@@ -1,6 +1,8 @@
 """Imported once by the fork server of tests/trainer.py: every run then starts with Megatron already in memory."""
 
 import os
+import resource
+import signal
 import sys
 import warnings
 
@@ -31,5 +33,8 @@ def run_rank(argv: list[str], environment: dict[str, str], log: str) -> None:
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)
     os.environ.update(environment)
+    if limit := os.environ.get("INFIR2_TEST_FILE_LIMIT"):  # bytes: larger files fail to be written, as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     sys.argv = ["pretrain", *argv]
     pretrain.main()

@@ -6,7 +6,7 @@
 
 --input-dir is a run's folder (its newest checkpoint) or one iteration's. Any TP, PP and DP layout; needs no GPU and not
 Megatron. Weights come from the FP32 masters where the checkpoint names them, rounded once to --dtype; flat optimizer
-buckets have no names and are refused, unless --weights model takes the BF16 weights instead. Memory: a few tensors.
+buckets have no names and are refused; --weights model takes the BF16 weights instead. Memory: a few tensors.
 """
 
 import argparse
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from infir2.checkpoint import FLAT_OPTIMIZER, MASTER_PREFIX, CheckpointError, TorchDist
+from infir2.checkpoint import CheckpointError, TorchDist
 from infir2.hf import HFReader, HFWriter
 from infir2.qwen2 import Entry, Shape, entries
 
+EMBEDDING = "embedding.word_embeddings.weight"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -29,36 +30,25 @@ def convert(source: Path, output: Path, origin: Path, dtype: torch.dtype, weight
     stored = TorchDist(source)
     reader = HFReader(origin)
     shape = Shape.from_config(reader.config)
-    prefix = _prefix(stored, weights)
+    take_masters = weights == "masters" and stored.master(EMBEDDING) is not None
     with HFWriter(output, like=reader) as writer:
         writer.config["dtype"] = str(dtype).removeprefix("torch.")
         writer.config.pop("quantization_config", None)
         for entry in tqdm(list(entries(shape)), desc="converting", unit="tensor"):
-            for name, tensor in zip(entry.hf, entry.split(_read(stored, prefix, entry, shape)), strict=True):
+            for name, tensor in zip(entry.hf, entry.split(_read(stored, take_masters, entry, shape)), strict=True):
                 writer.add(name, tensor.to(dtype).contiguous())
-    return "FP32 masters" if prefix else "model weights"
+    return "FP32 masters" if take_masters else "model weights"
 
 
-def _prefix(stored: TorchDist, weights: str) -> str:
-    named = any(key.startswith(MASTER_PREFIX) for key in stored.keys)
-    flat = any(key.startswith(FLAT_OPTIMIZER) for key in stored.keys)
-    if weights == "masters" and not named and flat:
-        raise CheckpointError(
-            f"{stored.folder} keeps its FP32 masters in flat optimizer buckets, which have no names; train with "
-            "--dist-ckpt-optim-fully-reshardable, or pass --weights model for the BF16 weights"
-        )
-    return MASTER_PREFIX if named and weights == "masters" else ""
-
-
-def _read(stored: TorchDist, prefix: str, entry: Entry, shape: Shape) -> Tensor:
+def _read(stored: TorchDist, take_masters: bool, entry: Entry, shape: Shape) -> Tensor:
     """The Megatron tensor of `entry`, vocabulary padding cut off."""
-    name = prefix + entry.megatron
-    if name not in stored:
+    name = stored.master(entry.megatron) if take_masters else entry.megatron
+    if name is None or name not in stored:
         raise CheckpointError(
-            f"{stored.folder} has no tensor {name}; is {shape.layers} layers what it was trained with?"
+            f"{stored.folder} has no {entry.megatron}; is {shape.layers} layers what it was trained with?"
         )
     tensor = stored.read(name)
-    if entry.megatron in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    if entry.megatron in (EMBEDDING, "output_layer.weight"):
         if tensor.shape[0] < shape.vocab:
             raise CheckpointError(f"{name} has {tensor.shape[0]} rows, config.json's vocabulary {shape.vocab}")
         tensor = tensor[: shape.vocab]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from trainer import FP8, MODEL, losses, tensors
 
-from infir2.checkpoint import MASTER_PREFIX
+from infir2.checkpoint import MASTER_PREFIXES
 from infir2.indexed import IndexedWriter
 
 REPO = Path(__file__).resolve().parents[2]
@@ -47,7 +47,12 @@ def trained(run: Path, backend: str, *flags: str) -> Path:
 
 
 def masters(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in tensors(checkpoint).items() if key.startswith(MASTER_PREFIX)}
+    found = {}
+    for key, value in tensors(checkpoint).items():
+        for prefix in MASTER_PREFIXES:
+            if key.startswith(prefix):
+                found[key.removeprefix(prefix)] = value
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,7 @@ def test_masters_cross(way, cpu_run, gpu_run, data, tmp_path):
     start = ["--pretrained-checkpoint", str(source / "checkpoints"), "--train-iters", "1"]
     target = trained(tmp_path / "run", way.split()[-1], *MODEL, *FROZEN, *FP8, *flags, *data, *start)
     before, after = masters(source / "checkpoints"), masters(target)
+    assert before
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     rounded = [key for key in before if not torch.equal(before[key], before[key].bfloat16().float())]

@@ -20,7 +20,8 @@ from torch import Tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-MASTER_PREFIX = "optimizer.state.fp32_param."  # FP32 masters by name, where the optimizer's layout has names
+# FP32 masters by name: the plain optimizer's, and the distributed one's with --dist-ckpt-optim-fully-reshardable.
+MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 FLAT_OPTIMIZER = "optimizer.distributed.dp_group_idx"  # the distributed optimizer's default: buckets without names
 
 
@@ -133,6 +134,18 @@ class TorchDist:
         except KeyError:
             return False
         return True
+
+    def master(self, name: str) -> str | None:
+        """Name of the FP32 master of the weight called `name` in Megatron, or None where the checkpoint has none.
+
+        Flat optimizer buckets hold masters without names: CheckpointError.
+        """
+        if any(key.startswith(FLAT_OPTIMIZER) for key in self._tensors):
+            raise CheckpointError(
+                f"{self.folder} keeps its FP32 masters in flat optimizer buckets, which have no names; save it with "
+                "--dist-ckpt-optim-fully-reshardable"
+            )
+        return next((prefix + name for prefix in MASTER_PREFIXES if prefix + name in self), None)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor called `name` in Megatron, put together from its shards, on the CPU."""

@@ -295,11 +295,16 @@ def _decode(codes: Tensor) -> Tensor:
     return (bits.to(torch.int16).bitwise_left_shift_(7) & -0x4080).view(torch.float16).float().mul_(256.0)
 
 
+def _bits_of_power(exponent: int, dtype: torch.dtype) -> int:
+    """2^exponent in bfloat16 or float32, as the integer of its bits; 2^128 is Inf, all exponent bits set."""
+    return (exponent + 127) << {torch.bfloat16: 7, torch.float32: 23}[dtype]
+
+
 def _in_ordinary_range(amax: Tensor) -> bool:
     """Whether every tile is zero or has an amax where no step of `_round_tiles` can overflow or lose bits."""
     bits = amax.view(_BITS[amax.dtype])
-    low, high = (torch.tensor(limit, dtype=amax.dtype).view(bits.dtype) for limit in (2.0**-100, 2.0**100))
-    return bool((bits.amax() <= high) & (torch.where(bits == 0, low, bits).amin() >= low))
+    low, high = _bits_of_power(-100, amax.dtype), _bits_of_power(100, amax.dtype)
+    return int(bits.amax()) <= high and int(torch.where(bits == 0, high, bits).amin()) >= low
 
 
 def _round_tiles(tiles: Tensor, scale: Tensor, fmt: Format, scale_fmt: str, out_dtype: torch.dtype) -> Tensor:
@@ -337,8 +342,7 @@ def _round_to_format(x: Tensor, smallest_normal: Tensor, fmt: Format, power: Ten
     integers of x's shape and width; out must not be x.
     """
     bits = x.view(power.dtype)
-    exponent_mask = torch.tensor(math.inf, dtype=x.dtype).view(power.dtype).item()
-    torch.bitwise_and(bits, exponent_mask, out=power)  # the bits of 2^floor(log2 |x|)
+    torch.bitwise_and(bits, _bits_of_power(128, x.dtype), out=power)  # the bits of 2^floor(log2 |x|)
     torch.maximum(power, smallest_normal.view(power.dtype), out=power)
     multiple = 1.5 * torch.finfo(fmt.dtype).eps / torch.finfo(x.dtype).eps
     torch.add(x, power.view(x.dtype), alpha=multiple, out=out)

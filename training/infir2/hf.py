@@ -14,6 +14,7 @@ File format: https://huggingface.co/docs/safetensors (8 bytes of header length, 
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -57,7 +58,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The header comes first in the file but is complete only at the end, so its room is reserved and padded with spaces,
 # as the format allows. 128 KiB hold about a thousand tensors; a shard also ends when its header is full.
 _DATA_START = 128 * 1024
-_CHUNK_BYTES = 64 * 1024**2
+_CHUNK_ELEMENTS = 32 * 1024**2
 # What may wait between reading and writing, in bytes of input.
 _IN_FLIGHT_BYTES = 640 * 1024**2
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
@@ -98,7 +99,7 @@ class HFReader:
         return self._tensors[name][1]
 
     def nbytes(self, name: str) -> int:
-        return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, mapped from its file and so read as it is used. Safe to call from several threads."""
@@ -106,10 +107,10 @@ class HFReader:
             return file.get_tensor(name)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
-        """The tensor's rows in pieces of about 64 MB, of which only the current one is in memory."""
-        shape = self.shape(name)
-        step = max(1, _CHUNK_BYTES * shape[0] // max(1, self.nbytes(name))) if shape else 1
-        for start in range(0, shape[0], step):
+        """The tensor's rows in pieces of about 32 million elements, of which only the current one is in memory."""
+        rows, *row_shape = self.shape(name)
+        step = max(1, _CHUNK_ELEMENTS // math.prod(row_shape))
+        for start in range(0, rows, step):
             with safe_open(self._tensors[name][0], framework="pt") as file:
                 yield file.get_slice(name)[start : start + step]
 
@@ -282,14 +283,13 @@ class _Shard:
 
     def has_room(self, name: str, tensor: Tensor, shard_bytes: int) -> bool:
         full = self.size + tensor.nbytes > shard_bytes
+        misaligned = self.size % tensor.element_size()  # torch could not map it from there
         header_full = self._header_bytes + self._entry_bytes(name, self._entry(tensor)) > _DATA_START - 8
-        return not self.entries or not (full or header_full)
+        return not self.entries or not (full or misaligned or header_full)
 
     def append(self, name: str, tensor: Tensor) -> None:
         entry = self._entry(tensor)
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        if self.size % tensor.element_size():
-            raise ValueError(f"{name!r} would start at byte {self.size}, which does not suit {tensor.dtype}")
         try:
             self.file.write(data)
         except OSError as error:
@@ -423,7 +423,10 @@ def check_qwen2(reader: HFReader, *, in_fp8: bool) -> Shape:
     architectures = reader.config.get("architectures")
     if architectures != [ARCHITECTURE]:
         raise ValueError(f"{reader.path} has architectures {architectures}; this tool knows: {ARCHITECTURE}")
-    shape = Shape.from_config(reader.config)
+    try:
+        shape = Shape.from_config(reader.config)
+    except KeyError as error:
+        raise ValueError(f"{reader.path}/{CONFIG} lacks {error}, which a Qwen2 model needs") from None
     expected = {name: (size, WEIGHT_DTYPES) for name, size in qwen2_tensors(shape).items()}
     if shape.tied and "lm_head.weight" in reader:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
@@ -494,4 +497,4 @@ def _parse_json(text: bytes, file: Path) -> dict:
 
 
 def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,9 +1,8 @@
 """FP32 master weights at a hand-off: a stage starts from its parent's masters, not from their rounding to BF16.
 
 Megatron's `--pretrained-checkpoint` loads BF16 weights and derives masters from them; what the parent learned below
-BF16's resolution is lost (RL steps at a learning rate of 1e-6 are of that size). This reads
-`optimizer.state.fp32_param.*`, which has the same names with and without the distributed optimizer, at any
-tensor, pipeline and data parallelism.
+BF16's resolution is lost (RL steps at a learning rate of 1e-6 are of that size). This reads the named masters of a
+checkpoint, whichever optimizer wrote them, at any tensor, pipeline and data parallelism.
 """
 
 from dataclasses import replace
@@ -17,7 +16,7 @@ from megatron.core.dist_checkpointing.optimizer import extract_sharded_tensors_a
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from infir2.checkpoint import FLAT_OPTIMIZER, MASTER_PREFIX, CheckpointError, TorchDist
+from infir2.checkpoint import CheckpointError, TorchDist
 
 
 def load_masters(models: list, path: Path | str) -> int:
@@ -28,18 +27,13 @@ def load_masters(models: list, path: Path | str) -> int:
     ranks. Refuses flat optimizer buckets, which have no names, and masters that do not round to the loaded weights.
     """
     stored = TorchDist(path)
-    if any(key.startswith(FLAT_OPTIMIZER) for key in stored.keys):
-        raise CheckpointError(
-            f"{stored.folder} keeps its FP32 masters in flat optimizer buckets, which have no names; save the parent "
-            "with --dist-ckpt-optim-fully-reshardable"
-        )
     wanted = {}
     for base in (base for model in models for base in _sharded_parameters(model)):
-        source = MASTER_PREFIX + base.key
-        if source not in stored and stored.dtype(base.key) != torch.float32:
+        source = stored.master(base.key)
+        if source is None and stored.dtype(base.key) != torch.float32:
             continue
         buffer = torch.empty(base.data.shape, dtype=torch.float32, device=base.data.device)
-        changes = {"key": source if source in stored else base.key, "data": buffer}
+        changes = {"key": source or base.key, "data": buffer}
         if isinstance(base, ShardedTensor):
             changes["dtype"] = torch.float32
         wanted[base.data] = replace(base, **changes)

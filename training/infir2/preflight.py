@@ -41,10 +41,10 @@ class Start:
 def check(args: Namespace, backend: str, scale_fmt: str) -> Start:
     """Check `args` on rank 0, before process groups exist. Says what the run starts from and writes `run.json`."""
     shape = _check_model(args)
-    _check_parallelism(args)
-    data = _check_data(args)
     if args.fp8 is not None:
         _check_fp8(args, shape)
+    _check_parallelism(args)
+    data = _check_data(args)
     start = choose_start(args)
     identity = run_identity(args, backend, scale_fmt, data)
     if start.folder is not None:

@@ -1,0 +1,46 @@
+"""The CPU backend's patches and flags fit the pinned releases."""
+
+from pathlib import Path
+
+from trainer import with_megatron
+
+
+def missing_attributes() -> list[str]:
+    from infir2 import backend
+
+    missing = []
+    for path in (*backend.TORCH_ON_CPU, *backend.MEGATRON_ON_CPU, *backend.MEGATRON_ON_GPU):
+        owner, attribute = backend.resolve(path)
+        if not hasattr(owner, attribute):
+            missing.append(path)
+    return missing
+
+
+def test_every_patched_attribute_exists():
+    """Pins: an upgrade that renames an attribute turns its patch into one that nobody reads."""
+    assert with_megatron("test_backend", "missing_attributes") == []
+
+
+def known_flags() -> set[str]:
+    from megatron.training.arguments import add_megatron_arguments
+
+    from infir2.pretrain import add_arguments
+
+    parser = add_arguments(add_megatron_arguments(__import__("argparse").ArgumentParser(allow_abbrev=False)))
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def test_every_flag_exists():
+    """Each flag in the scripts' golden command lines and in the backends' own is one that Megatron 0.19.2 parses.
+
+    Pins: flags of another release, which argparse refuses only on the cluster.
+    """
+    from infir2 import backend
+
+    golden = Path(__file__).parent / "golden/argv"
+    words = {word for path in golden.glob("*") for word in path.read_text().split()}
+    launcher = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
+    used = {word for word in words if word.startswith("--")} - launcher
+    used |= {word for kind in ("cpu", "gpu") for word in backend.arguments(kind) if word.startswith("--")}
+    assert len(used) > 50
+    assert used - with_megatron("test_backend", "known_flags") == set()
