@@ -37,7 +37,12 @@ def make(tokenizer_dir: Path, output: Path, layers: int, seed: int) -> int:
         pad_token_id=tokenizer.pad_token_id,
         dtype="bfloat16",
     )
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():  # GPT-2's rule, Megatron's default: what writes into the residual stream starts smaller
+        for block in model.model.layers:
+            for module in (block.self_attn.o_proj, block.mlp.down_proj):
+                module.weight.mul_((2 * layers) ** -0.5)
+    model = model.to(torch.bfloat16)
     model.generation_config.do_sample = True
     temporary = output.with_name(f".{output.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

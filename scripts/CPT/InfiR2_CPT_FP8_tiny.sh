@@ -11,13 +11,13 @@ require HF_CHECKPOINT "Hugging Face folder of the tiny base model: shape and tok
 use_model tiny "$HF_CHECKPOINT"
 use_precision "${PRECISION:-fp8}"
 
-# One step is 16 sequences of 128 tokens = 2,048 tokens; 600 steps = 1.2 M tokens, less than one epoch.
+# One step is 16 sequences of 128 tokens = 2,048 tokens; 480 steps = 0.98 M tokens, a third of an epoch.
 SEQ_LENGTH=128 GLOBAL_BATCH=16 MICRO_BATCH=16
 NPROC=1 TP=1 PP=1 CP=1
-WARMUP_ITERS=40 TRAIN_ITERS=600 DECAY_ITERS=200
-LR=2e-3 MIN_LR=2e-4
+WARMUP_ITERS=40 TRAIN_ITERS=480 DECAY_ITERS=160
+LR=3e-3 MIN_LR=3e-4
 SEED=1236
-SAVE_INTERVAL=200 EVAL_INTERVAL=50 EVAL_ITERS=16
+SAVE_INTERVAL=160 EVAL_INTERVAL=80 EVAL_ITERS=16
 
 require REF_LOAD "torch_dist folder of the tiny base model"
 start_from_base "$REF_LOAD"

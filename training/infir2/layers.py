@@ -73,9 +73,10 @@ class QuantisedMatmul(torch.autograd.Function):
                 f"FP8 needs a multiple of 128 tokens on each rank, found {x_TK.shape[0]}; "
                 "change --micro-batch-size or --seq-length"
             )
-        w_NK = quantisation.weight(w)
-        y_TN = _matmul(quantisation.activation(x_TK, fp8.ROW), w_NK.t(), x.dtype)
-        ctx.save_for_backward(quantisation.activation(x_TK, fp8.COLUMN) if w.requires_grad else None, w_NK)
+        with _no_torch_function():
+            w_NK = quantisation.weight(w)
+            y_TN = _matmul(quantisation.activation(x_TK, fp8.ROW), w_NK.t(), x.dtype)
+            ctx.save_for_backward(quantisation.activation(x_TK, fp8.COLUMN) if w.requires_grad else None, w_NK)
         ctx.quantisation = quantisation
         return y_TN.view(*x.shape[:-1], w.shape[0])
 
@@ -84,12 +85,17 @@ class QuantisedMatmul(torch.autograd.Function):
         x_TK, w_NK = ctx.saved_tensors
         g_TN = g.reshape(-1, g.shape[-1])
         dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = _matmul(ctx.quantisation.output_gradient(g_TN, fp8.ROW), w_NK, g.dtype)
-            dx = dx.view(*g.shape[:-1], w_NK.shape[1])
-        if ctx.needs_input_grad[1]:
-            dw = _matmul(ctx.quantisation.output_gradient(g_TN, fp8.COLUMN).t(), x_TK, g.dtype)
+        with _no_torch_function():
+            if ctx.needs_input_grad[0]:
+                dx = _matmul(ctx.quantisation.output_gradient(g_TN, fp8.ROW), w_NK, g.dtype)
+                dx = dx.view(*g.shape[:-1], w_NK.shape[1])
+            if ctx.needs_input_grad[1]:
+                dw = _matmul(ctx.quantisation.output_gradient(g_TN, fp8.COLUMN).t(), x_TK, g.dtype)
         return dx, dw, None
+
+
+# Quantisation is thousands of small operations a step; passing each through the CPU backend's mode doubles their time.
+_no_torch_function = torch._C.DisableTorchFunction
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
