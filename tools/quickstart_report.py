@@ -35,13 +35,14 @@ from infir2.receipts import sha256_file
 
 # Which stages train, and the folder of each of their runs. The first pair is the one that the verdicts compare.
 TRAINED = {"pretraining": {"FP8": "InfiR2_CPT_FP8_tiny", "BF16": "InfiR2_CPT_BF16_tiny"}}
-# Which stage makes a file that the report reads beside the runs.
-MADE_BY = {
-    "corpus/sources.json": "corpus",
-    "data/manifest.json": "data",
-    "bigram.json": "bigram",
-    "answers.json": "answers",
-}
+# What the report reads beside the runs: a file, the stage that makes it, and what it must hold.
+FILES = (
+    ("corpus/sources.json", "corpus", ()),
+    ("data/manifest.json", "data", ("outputs", "splits")),
+    ("bigram.json", "bigram", ("nats_per_token",)),
+    ("answers.json", "answers", ("model", "answers")),
+)
+FACTS = ("train_iters", "padded_vocab_size", "global_batch_size", "seq_length", "num_layers", "hidden_size")
 GAP_LIMIT_PERCENT = 1.0  # what the recipe claims for FP8 beside its BF16 twin
 PRECISION_FACTS = {"fp8", "fp8_recipe", "scale_fmt"}
 PROOF = re.compile(r"^\[infir2\] (backend .*: (\d+) of (\d+) linear layers in FP8)$", re.MULTILINE)
@@ -128,9 +129,9 @@ def load(folder: Path) -> Quickstart:
     stages = read_stages(folder / "stages.tsv")
     results = {stage.name: stage.result for stage in stages}
     found = {}
-    for name, stage in MADE_BY.items():
+    for name, stage, keys in FILES:
         with blaming(folder / name, stage, results):
-            found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            found[name] = read_json(folder / name, keys)
     wanted = {stage: runs for stage, runs in TRAINED.items() if stage in results or stage == "pretraining"}
     runs = {
         stage: {label: read_run(folder / name, label, stage, results) for label, name in names.items()}
@@ -149,6 +150,15 @@ def load(folder: Path) -> Quickstart:
     )
 
 
+def read_json(path: Path, keys: tuple[str, ...]) -> Any:
+    """A JSON file. ValueError names the first of `keys` that its object lacks."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key in keys:
+        if key not in content:
+            raise ValueError(f"it holds no '{key}'")
+    return content
+
+
 @contextmanager
 def blaming(path: Path, stage: str, results: dict[str, Path]) -> Iterator[None]:
     """Turn what goes wrong while reading `path` into a ReportError that says how to get it."""
@@ -159,12 +169,12 @@ def blaming(path: Path, stage: str, results: dict[str, Path]) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise ReportError(f"{path} is missing. {remedy}") from None
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise ReportError(f"{path} cannot be read: {error}. {remedy}") from error
 
 
 def read_stages(path: Path) -> list[Stage]:
-    """The stages in the order in which they ran; of a stage that ran again, the last line counts."""
+    """The stages in the order in which they first ran; of one that ran again, the last line counts."""
     if not path.is_file():
         raise ReportError(f"{path} is missing. Every stage adds a line to it: run bash scripts/quickstart.sh first.")
     stages: dict[str, Stage] = {}
@@ -177,7 +187,6 @@ def read_stages(path: Path) -> list[Stage]:
                 f"{path}, line {number} is {line!r}, not name, seconds and result. Remove the line; its stage's time "
                 "will be left out."
             ) from None
-        stages.pop(name, None)
         stages[name] = stage
     return list(stages.values())
 
@@ -189,17 +198,15 @@ def read_run(folder: Path, label: str, stage: str, results: dict[str, Path]) -> 
         with blaming(folder / name, stage, results):
             return parse(folder / name)
 
-    facts = read("checkpoints/run.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
+    facts = read("checkpoints/run.json", lambda path: read_json(path, FACTS))
     words = read("command.sh", lambda path: shlex.split(path.read_text(encoding="utf-8")))
     proof = read("log.txt", find_proof)
-    curves = read("tensorboard", lambda path: (scalars := read_scalars(path)) and pick_curves(scalars))
+    curves = read("tensorboard", lambda path: pick_curves(read_scalars(path)))
     run = Run(label, folder.name, facts, words, read("commit").strip(), proof[1], int(proof[2]), int(proof[3]), *curves)
-    with blaming(folder / "checkpoints/run.json", stage, results):
-        planned = facts["train_iters"]
-    if max(run.loss) != planned:
+    if max(run.loss) != facts["train_iters"]:
         raise ReportError(
-            f"{folder} ends at step {max(run.loss)} of {planned}. Remove {results.get(stage, stage)} and run bash "
-            "scripts/quickstart.sh again: the run goes on where it was."
+            f"{folder} ends at step {max(run.loss)} of {facts['train_iters']}. Remove "
+            f"{results.get(stage, stage)} and run bash scripts/quickstart.sh again: the run goes on where it was."
         )
     return run
 
@@ -281,7 +288,7 @@ def verdicts(quickstart: Quickstart) -> list[Verdict]:
         Verdict(
             f"FP8 within {GAP_LIMIT_PERCENT:g} % of BF16",
             abs(end.gap_percent) <= GAP_LIMIT_PERCENT,
-            f"{signed(end.gap_percent, 4)} %; below zero FP8 is the better",
+            f"{end.gap_percent:+.4f} %; below zero FP8 is the better",
         ),
         Verdict(
             "the FP8 run ran in FP8, the BF16 run did not",
@@ -325,20 +332,11 @@ def own_path_aside(group: tuple[str, ...], name: str) -> tuple[str, ...]:
     return tuple(re.sub(rf"(?<=/){re.escape(name)}(?=/|$)", "RUN", word) for word in group)
 
 
-def signed(number: float, digits: int) -> str:
-    """A difference with its sign; a real minus."""
-    return f"{number:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
 def precision_summary(run: Run) -> str:
     """What the run's precision is, in the words of the one table of precisions."""
     groups = set(flag_groups(run.words))
     fitting = [entry for entry in PRECISIONS.values() if set(flag_groups(list(entry.flags))) <= groups]
     return max(fitting, key=lambda entry: len(entry.flags)).summary if fitting else run.proof
-
-
-def is_emulated(run: Run) -> bool:
-    return bool(run.facts.get("fp8")) and run.facts.get("backend") == "cpu"
 
 
 def base_note(quickstart: Quickstart) -> str:
@@ -356,7 +354,10 @@ def base_note(quickstart: Quickstart) -> str:
 
 def fp8_note(quickstart: Quickstart) -> str:
     """Where the FP8 arithmetic was done."""
-    if is_emulated(quickstart.fp8):
+    facts = quickstart.fp8.facts
+    if not facts.get("fp8"):
+        return f"{quickstart.fp8.name} asked for no FP8."
+    if facts.get("backend") == "cpu":
         return "FP8 was emulated on a CPU: the numbers of FP8, not its speed."
     return "FP8 ran on the GPU, through TransformerEngine."
 
@@ -397,7 +398,7 @@ def text_report(quickstart: Quickstart) -> str:
         lines.append(f"{row[0]:<{widths[0]}}  {middle}  {row[-1]}".rstrip())
     lines += [TABLE_NOTE, "", f"Held-out loss at step {end.step:,}, nats per token"]
     lines += [f"  FP8     {end.fp8:.4f}", f"  BF16    {end.bf16:.4f}"]
-    lines += [f"  gap    {signed(end.gap, 4)}  ({signed(end.gap_percent, 2)} %)", f"  bigram  {end.bigram:.4f}", ""]
+    lines += [f"  gap    {end.gap:+.4f}  ({end.gap_percent:+.2f} %)", f"  bigram  {end.bigram:.4f}", ""]
     lines += [f"{verdict.claim}: {verdict.word} ({verdict.numbers})" for verdict in verdicts(quickstart)]
     lines += ["", f"Answers of {quickstart.relative(Path(quickstart.answers['model']))}"]
     for pair in quickstart.answers["answers"]:
@@ -412,10 +413,12 @@ def printable(text: str) -> str:
 
 def one_line(text: str) -> str:
     line = " ".join(printable(text).split())
-    return line if len(line) <= ANSWER_COLUMNS else line[: ANSWER_COLUMNS - 1] + "…"
+    return line if len(line) <= ANSWER_COLUMNS else line[: ANSWER_COLUMNS - 3] + "..."
 
 
 # The figure
+
+HOLLOW = {"facecolor": "none", "linewidth": 1.3, "clip_on": False}  # a point at the last step is drawn whole
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -443,6 +446,7 @@ def draw(quickstart: Quickstart, width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     grid = figure.add_gridspec(2, 1, height_ratios=(1.7, 1))
     top = figure.add_subplot(grid[0])
     bottom = figure.add_subplot(grid[1], sharex=top)
@@ -483,10 +487,8 @@ def draw_losses(axes: Any, quickstart: Quickstart) -> None:
         line = "--" if run is quickstart.fp8 else "-"
         label = f"{run.label}, training"
         axes.plot(steps, smoothed(loss), color=colour, linewidth=1.8, linestyle=line, zorder=order, label=label)
-        points = {"marker": marker, "s": 28, "facecolor": "none", "edgecolor": colour, "linewidth": 1.3}
-        axes.scatter(
-            *zip(*run.held_out.items(), strict=True), **points, zorder=order + 2, label=f"{run.label}, held out"
-        )
+        points = HOLLOW | {"marker": marker, "s": 28, "edgecolor": colour, "zorder": order + 2}
+        axes.scatter(*zip(*run.held_out.items(), strict=True), **points, label=f"{run.label}, held out")
     bigram = quickstart.bigram["nats_per_token"]
     label = f"bigram, held out ({bigram:.2f})"
     axes.axhline(bigram, color=LIGHT["bigram"], linewidth=1.4, linestyle=(0, (1, 1.5)), zorder=5, label=label)
@@ -502,11 +504,12 @@ def draw_gap(axes: Any, quickstart: Quickstart) -> None:
     axes.plot(steps, gap, color=LIGHT["gap"], linewidth=0.7, alpha=0.35, zorder=3)
     label = f"training, mean of {window} steps"
     axes.plot(steps, smoothed(gap), color=LIGHT["gap"], linewidth=1.8, zorder=4, label=label)
-    points = {"marker": "D", "s": 24, "facecolor": "none", "edgecolor": LIGHT["ink"], "linewidth": 1.2}
-    axes.scatter(*difference(quickstart.fp8.held_out, quickstart.bf16.held_out), **points, zorder=5, label="held out")
+    points = HOLLOW | {"marker": "D", "s": 24, "edgecolor": LIGHT["ink"], "zorder": 5}
+    axes.scatter(*difference(quickstart.fp8.held_out, quickstart.bf16.held_out), **points, label="held out")
     axes.set_ylabel("FP8 \N{MINUS SIGN} BF16\n(nats per token)", color=LIGHT["ink"], fontsize=10.5)
     axes.set_xlabel("step", color=LIGHT["ink"], fontsize=10.5)
-    axes.legend(frameon=False, fontsize=10, labelcolor=LIGHT["ink"], loc="upper right", ncols=2)
+    above = {"loc": "lower right", "bbox_to_anchor": (1, 0.97), "borderpad": 0, "ncols": 2}
+    axes.legend(frameon=False, fontsize=10, labelcolor=LIGHT["ink"], **above)
 
 
 def difference(left: dict[int, float], right: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -544,24 +547,22 @@ def svg(quickstart: Quickstart, width: float, height: float, name: str) -> str:
 def page(quickstart: Quickstart) -> str:
     """The HTML page. Everything that comes from a file is escaped; nothing is fetched."""
     end = ending(quickstart)
-    figure = svg(quickstart, 9, 6.5, "wide") + svg(quickstart, 4.3, 6.6, "narrow")
     fields = {
         "light": css_variables(LIGHT),
         "dark": css_variables(DARK),
-        "base_note": text(base_note(quickstart)),
-        "fp8_note": text(fp8_note(quickstart)),
-        "model": text(model_words(quickstart.fp8.facts)),
+        "base_note": safe(base_note(quickstart)),
+        "fp8_note": safe(fp8_note(quickstart)),
+        "model": safe(model_words(quickstart.fp8.facts)),
         "figures": "".join(figures(end)),
         "verdicts": "".join(map(verdict_item, verdicts(quickstart))),
-        "figure": figure,
-        "figure_note": text(
+        "figure": svg(quickstart, 9, 6.5, "wide") + svg(quickstart, 4.3, 6.6, "narrow"),
+        "figure_note": safe(
             f"Light lines are single steps, strong lines the mean of {smoothing_window(len(quickstart.fp8.loss))} "
-            "steps centred on each. Both runs see the same sequences at the same step, so the gap is free of the "
-            "data's noise."
+            "steps centred on each. Shaded: warmup and decay of the learning rate."
         ),
         "stages": stage_table(quickstart),
         "precision": precision_list(quickstart),
-        "answers_model": text(quickstart.relative(Path(quickstart.answers["model"]))),
+        "answers_model": safe(quickstart.relative(Path(quickstart.answers["model"]))),
         "answers": "".join(map(answer_item, quickstart.answers["answers"])),
         "sources": source_table(quickstart.sources),
         "receipts": receipt_table(quickstart),
@@ -571,8 +572,8 @@ def page(quickstart: Quickstart) -> str:
     return Template(PAGE).substitute(fields)
 
 
-def text(words: Any) -> str:
-    """Escaped for HTML, control characters replaced."""
+def safe(words: Any) -> str:
+    """Text from a file, escaped for HTML, control characters replaced."""
     return escape(printable(str(words)))
 
 
@@ -589,11 +590,11 @@ def model_words(facts: dict[str, Any]) -> str:
 
 def figures(end: Ending) -> Iterator[str]:
     """The four numbers at the top."""
-    gap = f"{signed(end.gap, 4)} nats"
+    gap = f"{end.gap:+.4f} nats"
     for style_of, name, value, unit in (
         ("fp8", "FP8", f"{end.fp8:.4f}", "nats per token"),
         ("bf16", "BF16", f"{end.bf16:.4f}", "nats per token"),
-        ("gap", "gap, FP8 \N{MINUS SIGN} BF16", f"{signed(end.gap_percent, 2)} %", gap),
+        ("gap", "gap, FP8 \N{MINUS SIGN} BF16", f"{end.gap_percent:+.2f} %", gap),
         ("bigram", "bigram", f"{end.bigram:.4f}", "nats per token"),
     ):
         yield f'<div class="{style_of}"><dt>{name}</dt><dd>{value}<small>{unit}</small></dd></div>\n'
@@ -601,8 +602,8 @@ def figures(end: Ending) -> Iterator[str]:
 
 def verdict_item(verdict: Verdict) -> str:
     return (
-        f'<li class="{verdict.word}"><b>{verdict.word}</b><span>{text(verdict.claim)}'
-        f"<small>{text(verdict.numbers)}</small></span></li>\n"
+        f'<li class="{verdict.word}"><b>{verdict.word}</b><span>{safe(verdict.claim)}'
+        f"<small>{safe(verdict.numbers)}</small></span></li>\n"
     )
 
 
@@ -623,8 +624,8 @@ def html_table(header: tuple[str, ...], rows: list[tuple[str, ...]], numbers: se
 def stage_table(quickstart: Quickstart) -> str:
     rows = table(quickstart)
     marks = ["run" if row[0].startswith(" ") else "total" if row is rows[-1] else "" for row in rows]
-    cells = [(*map(text, row[:-1]), f"<code>{text(row[-1])}</code>" if row[-1] else "") for row in rows]
-    return html_table(HEADER, cells, {1, 2, 3, 4}, marks) + f'<p class="note">{text(TABLE_NOTE)}</p>'
+    cells = [(*map(safe, row[:-1]), f"<code>{safe(row[-1])}</code>" if row[-1] else "") for row in rows]
+    return html_table(HEADER, cells, {1, 2, 3, 4}, marks) + f'<p class="note">{safe(TABLE_NOTE)}</p>'
 
 
 def precision_list(quickstart: Quickstart) -> str:
@@ -634,27 +635,27 @@ def precision_list(quickstart: Quickstart) -> str:
     chosen = str(fp8.facts.get("scale_fmt"))
     seconds = [np.median(list(run.step_seconds.values())) for run in (fp8, bf16)]
     items = [
-        ("Said at start", f"<code>{text(fp8.proof)}</code><br><code>{text(bf16.proof)}</code>"),
-        ("In FP8", text(precision_summary(fp8)) + ", in all three matrix products: forward and both gradients"),
-        ("Scales", f"{text(scales.get(chosen, chosen))} (<code>{text(chosen)}</code>), one for each tile or block"),
+        ("Said at start", f"<code>{safe(fp8.proof)}</code><br><code>{safe(bf16.proof)}</code>"),
+        ("In FP8", safe(precision_summary(fp8)) + ", in all three matrix products: forward and both gradients"),
+        ("Scales", f"{safe(scales.get(chosen, chosen))} (<code>{safe(chosen)}</code>), one for each tile or block"),
         ("Not in FP8", "embedding, output head, norms, attention core and residual stream: BF16. Master weights: FP32"),
-        ("Where", text(fp8_note(quickstart))),
+        ("Where", safe(fp8_note(quickstart))),
         ("Median step", f"{seconds[0]:.2f} s in FP8, {seconds[1]:.2f} s in BF16, both runs side by side"),
     ]
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{words}</dd>\n" for name, words in items) + "</dl>"
 
 
 def answer_item(pair: dict[str, str]) -> str:
-    return f"<blockquote><b>{text(pair['prompt'])}</b>{text(pair['answer'])}</blockquote>\n"
+    return f"<blockquote><b>{safe(pair['prompt'])}</b>{safe(pair['answer'])}</blockquote>\n"
 
 
 def source_table(sources: list[dict[str, Any]]) -> str:
     header = ("source", "package", "licence", "documents", "held out", "characters")
     rows = [
         (
-            f"{text(source['name'])}<small>{text(source.get('note', ''))}</small>",
-            f"{text(source['package'])} {text(source['version'])}",
-            text(source["licence"]),
+            f"{safe(source['name'])}<small>{safe(source.get('note', ''))}</small>",
+            f"{safe(source['package'])} {safe(source['version'])}",
+            safe(source["licence"]),
             f"{source['documents']:,}",
             f"{source['held_out_documents']:,}",
             f"{source['characters']:,}",
@@ -668,17 +669,23 @@ def receipt_table(quickstart: Quickstart) -> str:
     """Counts of the splits, and the hashes of the receipt and of what it names."""
     manifest = quickstart.manifest
     splits = "; ".join(
-        f"{text(name)}: {counts['documents']:,} documents, {counts['tokens']:,} tokens"
+        f"{safe(name)}: {counts['documents']:,} documents, {counts['tokens']:,} tokens"
         for name, counts in manifest.get("splits", {}).items()
     )
     rows = [("data/manifest.json", quickstart.manifest_sha256)]
     rows += [(f"data/{name}", receipt["sha256"]) for name, receipt in manifest["outputs"].items()]
     if "sha256" in manifest.get("tokenizer", {}):
         rows.append(("tokenizer.json", manifest["tokenizer"]["sha256"]))
-    cells = [(f"<code>{text(name)}</code>", f'<code class="hash">{text(sha)}</code>') for name, sha in rows]
+    cells = [(f"<code>{safe(name)}</code>", f'<code class="hash">{safe(sha)}</code>') for name, sha in rows]
     hashes = html_table(("file", "SHA-256"), cells, set(), ["" for _ in cells])
-    made = f"<p>Made by <code>{text(manifest['command'])}</code></p>" if "command" in manifest else ""
+    command = flag_groups(shlex.split(manifest.get("command", "")))
+    made = f"<p>Made by <code>{' '.join(map(unbroken, command))}</code></p>" if command else ""
     return f"<p>{splits}.</p>{made}{hashes}"
+
+
+def unbroken(words: tuple[str, ...]) -> str:
+    """Words of a command that stay on one line where the line is long enough."""
+    return f'<span class="flag">{safe(" ".join(words))}</span>'
 
 
 def command_diff(quickstart: Quickstart) -> str:
@@ -687,7 +694,7 @@ def command_diff(quickstart: Quickstart) -> str:
     parts = []
     for tag, a, b, c, d in difflib.SequenceMatcher(None, fp8, bf16, autojunk=False).get_opcodes():
         if tag == "equal":
-            parts += [text(" ".join(group)) for group in fp8[a:b]]
+            parts += map(unbroken, fp8[a:b])
         elif tag == "replace" and b - a == d - c:
             parts += [words_apart(left, right) for left, right in zip(fp8[a:b], bf16[c:d], strict=True)]
         else:
@@ -705,10 +712,10 @@ def words_apart(left: tuple[str, ...], right: tuple[str, ...]) -> str:
     """Words that FP8's (left) and BF16's (right) command share, and after them those of each alone."""
     pairs = zip(left, right, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    parts = [text(" ".join(left[:shared]))] if shared else []
+    parts = [unbroken(left[:shared])] if shared else []
     for name, label, words in (("fp8", "FP8", left[shared:]), ("bf16", "BF16", right[shared:])):
         if words:
-            parts.append(f'<mark class="{name}"><b>{label}</b> {text(" ".join(words))}</mark>')
+            parts.append(f'<mark class="{name}"><b>{label}</b> {safe(" ".join(words))}</mark>')
     return " ".join(parts)
 
 
@@ -718,7 +725,7 @@ def footer(quickstart: Quickstart) -> str:
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}"
     )
     return (
-        f"Commit {text(', '.join(commits))}. Report drawn {date.today().isoformat()} on {text(machine)}. Every number "
+        f"Commit {safe(', '.join(commits))}. Report drawn {date.today().isoformat()} on {safe(machine)}. Every number "
         "is read from the files in this folder."
     )
 
@@ -770,8 +777,10 @@ th:last-child, td:last-child { padding-right: 0; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .run td:first-child { padding-left: 1.2rem; }
 .total td { border-bottom: 0; font-weight: 600; }
-td small { max-width: 22rem; }
-.hash { font-size: .78em; }
+.sources table { min-width: 46rem; }
+td code { white-space: nowrap; }
+td .hash { font-size: .78em; white-space: normal; }
+@media (max-width: 40rem) { table { font-size: .84rem; } th { font-size: .78rem; } th, td { padding-right: .6rem; } }
 dl { margin: 0; }
 .precision dl { display: grid; grid-template-columns: 8rem 1fr; gap: .4rem 1rem; }
 .precision dt { color: var(--muted); }
@@ -782,8 +791,9 @@ blockquote { margin: .75rem 0; padding: .8rem 1rem; border-radius: .5rem; backgr
   white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
 .command { padding: .9rem 1rem; border-radius: .5rem; background: var(--shade); color: var(--muted);
   font: .82rem/1.9 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
-mark { background: var(--page); color: var(--ink); padding: .12rem .35rem; border-radius: .25rem; border: 1px solid;
-  -webkit-box-decoration-break: clone; box-decoration-break: clone; }
+.flag, mark { display: inline-block; max-width: 100%; }
+mark { line-height: 1.5; background: var(--page); color: var(--ink); padding: .12rem .35rem;
+  border-radius: .25rem; border: 1px solid; }
 mark.fp8 { border-color: var(--fp8); } mark.fp8 b { color: var(--fp8); }
 mark.bf16 { border-color: var(--bf16); } mark.bf16 b { color: var(--bf16); }
 footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--grid); }
@@ -812,12 +822,12 @@ $stages
 <div class="precision">$precision</div>
 
 <h2>Answers</h2>
-<p>Greedy continuations by <code>$answers_model</code>. A model this small, trained this shortly, learns the form of its
+<p>Greedy continuations by <code>$answers_model</code>. A model this small, trained this briefly, learns the form of its
 text before it learns facts or arithmetic.</p>
 $answers
 
 <h2>Data</h2>
-$sources
+<div class="sources">$sources</div>
 $receipts
 
 <h2>The two command lines</h2>
@@ -844,6 +854,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("quickstart", type=Path, metavar="QUICKSTART_DIR", help="folder of scripts/quickstart.sh")
     folder = parser.parse_args(arguments).quickstart
+    sys.stdout.reconfigure(errors="replace")  # a model may answer in characters that the terminal lacks
     try:
         quickstart = load(folder)
         print(text_report(quickstart))

@@ -48,10 +48,16 @@ make_venv() {
 
 # install FILE...: uv where it can be had (about 30 s), else pip. The package itself is installed in place.
 install() {
-    local files=() file
-    for file in "$@"; do files+=(-r "$file"); done
-    local -a installer=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
-    if "${installer[@]}" uv >/dev/null 2>&1; then installer=("$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python"); fi
-    "${installer[@]}" "${files[@]}" || die "installing the pins failed; the lines above say why"
+    local file
+    local -a isolation installer=("$VENV/bin/python" -m pip install --disable-pip-version-check)
+    if "${installer[@]}" --quiet uv >/dev/null 2>&1; then
+        installer=("$VENV/bin/uv" pip install --compile-bytecode --python "$VENV/bin/python")
+    fi
+    for file in "$@"; do
+        isolation=()
+        if [[ $file == *-gpu.txt ]]; then isolation=(--no-build-isolation); fi # it compiles against our torch
+        "${installer[@]}" "${isolation[@]}" -r "$file" ||
+            die "installing $file failed; the lines above say why"
+    done
     "${installer[@]}" --no-deps --editable "$REPO_ROOT" || die "installing the package infir2 failed"
 }

@@ -1,6 +1,6 @@
 """The emulated FP8 linear layer beside TransformerEngine's on a Hopper GPU: the error table of docs/numerics.md.
 
-    bash scripts/test.sh --gpu
+bash scripts/test.sh --gpu
 """
 
 import json
