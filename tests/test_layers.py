@@ -2,9 +2,12 @@
 
 import itertools
 
+import pytest
 import torch
 from tolerances import BF16_OUTPUT
-from trainer import with_megatron
+from trainer import losses, train, with_megatron
+
+from infir2.precision import flags
 
 MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
@@ -51,6 +54,26 @@ def differences(case: tuple) -> list[float]:
     return [((f - e).abs().max() / e.abs().max()).item() for f, e in zip(found, wanted, strict=True)]
 
 
+def per_tensor_differences() -> list[float]:
+    """As `differences`, for --fp8-recipe tensorwise --fp8-format hybrid, read from Megatron's configuration."""
+    from types import SimpleNamespace
+
+    from infir2 import layers
+
+    quantisation = layers.Quantisation.from_config(SimpleNamespace(fp8="hybrid", fp8_recipe="tensorwise"))
+    generator = torch.Generator().manual_seed(0)
+    x, w, g = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((256, 384), (128, 384), (256, 128)))
+    x[:, 0] *= 50
+    leaf, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = layers.QuantisedMatmul.apply(leaf, weight, quantisation)
+    y.backward(g)
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    qx, qw, qg = (oracle(t, *t.shape, dtype, False) for t, dtype in ((x, e4m3), (w, e4m3), (g, e5m2)))
+    wanted = [qx @ qw.t(), qg @ qw, qg.t() @ qx]
+    found = [y.detach(), leaf.grad, weight.grad]
+    return [((f - e).abs().max() / e.abs().max()).item() for f, e in zip(found, wanted, strict=True)]
+
+
 def all_differences(cases: list[tuple]) -> list[list[float]]:
     return [differences(case) for case in cases]
 
@@ -67,6 +90,75 @@ def test_three_gemms():
     for case, found in zip(cases, with_megatron("test_layers", "all_differences", cases), strict=True):
         tolerance = BF16_OUTPUT if case[3] == torch.bfloat16 else 1e-5
         assert max(found) <= tolerance, (case, found)
+
+
+def test_per_tensor_scales():
+    """Precision fp8-current: each operand has one FP32 scale, the same codes serve two GEMMs, gradients are in E5M2.
+
+    Pins: power-of-two scales taken from SCALE_FMT, which TransformerEngine's current scaling does not use.
+    """
+    assert max(with_megatron("test_layers", "per_tensor_differences")) <= BF16_OUTPUT
+
+
+PRECISIONS = {  # of the 16 linear layers of 4 transformer layers
+    "fp8-current": "emulated FP8 hybrid tensorwise, scales fp32: 16 of 16",
+    "fp8-mlp": "emulated FP8 e4m3 blockwise, scales pow2, by module as in fp8_mlp.yaml: 4 of 16",
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_named_precision_trains(run_flags, tmp_path, precision):
+    """A run states how many linear layers its precision puts in FP8, and learns: fp8-mlp leaves fc1 and fc2 of the
+    middle layers.
+
+    Pins: a choice by module that one backend reads and the other ignores.
+    """
+    more = ["--num-layers", "4", "--train-iters", "12", "--lr-warmup-iters", "2"]
+    train(run_flags(tmp_path, *flags(precision), *more), tmp_path / "log")
+    assert f"[infir2] backend cpu, {PRECISIONS[precision]} linear layers in FP8" in (tmp_path / "log").read_text()
+    found = losses(tmp_path)
+    assert found[12] < found[1]
+
+
+def test_unknown_precision_lists_the_known():
+    with pytest.raises(ValueError, match="known: bf16 fp8 fp8-hybrid fp8-current fp8-mlp"):
+        flags("fp9")
+
+
+def choices(recipe: dict, in_fp8: bool) -> str:
+    """What infir2.layers makes of one recipe for a layer that is in FP8 by default, or in BF16."""
+    from types import SimpleNamespace
+
+    from megatron.core.quantization.quant_config import RecipeConfig
+
+    from infir2 import layers
+
+    matcher = {"type": "glob", "pattern": "*.linear_qkv", "config": "chosen", "enabled": True}
+    content = {"configs": {"chosen": {"training_recipe": recipe}}, "matchers": {"one": matcher}}
+    config = SimpleNamespace(quant_recipe=RecipeConfig.from_config_dict(content))
+    default = layers.Quantisation.of("blockwise", "e4m3") if in_fp8 else None
+    try:
+        found = layers.chosen_quantisation(config, 0, default, "self_attention.linear_qkv")
+        assert layers.chosen_quantisation(config, 0, default, "mlp.linear_fc1") is default
+    except ValueError as error:
+        return str(error)
+    return "bf16" if found is None else "tensorwise" if found.per_tensor else "blockwise"
+
+
+def test_recipes_by_module():
+    """The rules of Megatron's TransformerEngine layers: no recipe is BF16, and BF16 layers stay so unless told."""
+    cases = [
+        (({}, True), "bf16"),
+        (({}, False), "bf16"),
+        (({"fp8_quantization_recipe": "tensorwise"}, True), "tensorwise"),
+        (({"fp8_quantization_recipe": "tensorwise"}, False), "bf16"),
+        (({"fp8_quantization_recipe": "tensorwise", "override_nonquantized_autocast": True}, False), "tensorwise"),
+        (({"override_quantized_autocast": False}, True), "blockwise"),
+        (({"fp4_quantization_recipe": "nvfp4"}, True), "the CPU backend emulates a training_recipe of"),
+        (({"fp8_quantization_recipe": "mxfp8"}, True), "emulates --fp8-recipe blockwise and tensorwise"),
+    ]
+    for arguments, wanted in cases:
+        assert wanted in with_megatron("test_layers", "choices", *arguments), arguments
 
 
 def refusal() -> str:

@@ -90,6 +90,29 @@ def test_checkpoints(parent, flags, tmp_path):
     check(flags, cases)
 
 
+def set_trained_format(run: Path, scale_fmt: str | None) -> None:
+    identity = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(identity | {"scale_fmt": scale_fmt}))
+
+
+def test_scale_formats_do_not_mix(parent, flags, tmp_path):
+    """An FP8 run does not start from weights that were trained in FP8 with another scale format than its own, pow2.
+
+    Pins: a second rounding of every weight at a hand-off. BF16 weights, and a BF16 run, have no such format.
+    """
+    mixed = damaged(parent, tmp_path, "mixed", lambda run, last: set_trained_format(run, "fp32"))
+    same = damaged(parent, tmp_path, "same", lambda run, last: set_trained_format(run, "pow2"))
+    refused = "was trained in FP8 with fp32 scales, pow2 ones are asked for"
+    cases = [
+        ([*FP8, "--pretrained-checkpoint", mixed], refused),
+        ([*FP8, "--load", mixed], "relative weight error"),
+        ([*FP8, "--pretrained-checkpoint", same], ""),
+        ([*FP8, "--pretrained-checkpoint", str(parent), "--save", str(tmp_path / "other")], ""),
+        (["--bf16", "--pretrained-checkpoint", mixed, "--save", str(tmp_path / "third")], ""),
+    ]
+    check(flags, cases)
+
+
 def test_shapes(flags):
     """Sizes that FP8 or the layout cannot take. Pins: tiles that cross a shard, and Megatron's alignment of 16."""
     qwen = subprocess.run(

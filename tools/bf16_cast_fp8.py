@@ -5,7 +5,9 @@
 Weights of the transformer blocks' linear layers (q, k, v, o, gate, up, down) become FP8 E4M3 codes with one FP32
 inverse scale for each 128x128 block, `<name>_scale_inv`. Every other tensor is kept in BF16. The input may be BF16,
 FP16 or FP32, one file or shards; it is rounded to BF16 first, as in training, so the codes are those that training
-used. Scales are powers of two, or FP32 with --scale-fmt fp32 (environment: SCALE_FMT): take the format of training.
+used. Scales are powers of two, or FP32 with --scale-fmt fp32 (environment: SCALE_FMT). Where config.json records the
+format that the model was trained with in FP8, that one is taken, and another one is refused with the error that it
+would add, unless --allow-mixed-scales says that this is meant.
 
 The output is checked against the input before it gets its name: codes and scales are those of the input's weights,
 all other tensors are equal bit for bit, and the error of a sample is no more than FP8's rounding. Prints what was
@@ -15,6 +17,7 @@ written. Nothing is left behind on an error.
 import argparse
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,21 +32,30 @@ log = logging.getLogger("bf16_cast_fp8")
 
 
 def cast(
-    source: Path, target: Path, scale_fmt: str, *, verify: bool = True, workers: int = 1, device: str = "cpu"
+    source: Path,
+    target: Path,
+    scale_fmt: str | None = None,
+    *,
+    allow_mixed_scales: bool = False,
+    verify: bool = True,
+    workers: int = 1,
+    device: str = "cpu",
 ) -> str:
     """Write target, the FP8 form of the folder source. Returns what was done, in one line.
 
-    Refused: what `hf.HFReader`, `hf.HFWriter` and `hf.check_qwen2` refuse, sizes that break the 128 rule, and tensors
-    with NaN or Inf.
+    Without scale_fmt: the format that the environment names, else the recorded one of training, else powers of two.
+    Refused: what `hf.HFReader`, `hf.HFWriter` and `hf.check_qwen2` refuse, sizes that break the 128 rule, tensors with
+    NaN or Inf, and a scale format other than the recorded one.
     """
     reader = hf.HFReader(source)
     hf.check_qwen2(reader, in_fp8=False).refuse_fp8()
+    scale_fmt = _scale_format(reader, scale_fmt, allow_mixed_scales)
     with hf.HFWriter(target, like=reader, expected_bytes=_expected_bytes(reader)) as writer:
         writer.config["quantization_config"] = hf.fp8_quantization_config(scale_fmt)
         hf.set_dtype(writer.config, "bfloat16")
 
         def quantise(name: str, tensor: Tensor) -> dict[str, Tensor]:
-            parts = _quantise(name, tensor.to(device), scale_fmt)
+            parts = hf.fp8_tensors(name, tensor.to(device), scale_fmt)
             return {part: result.cpu() for part, result in parts.items()}
 
         for tensors in reader.map(quantise, reader.names, workers=workers, progress="cast"):
@@ -55,15 +67,19 @@ def cast(
     return f"{target}: {summary}"
 
 
-def _quantise(name: str, tensor: Tensor, scale_fmt: str) -> dict[str, Tensor]:
-    """The tensors of the output that stand for one of the input."""
-    # Training quantises the BF16 copy of its FP32 masters; quantising the masters would change 3 % of the codes.
-    tensor = tensor.to(torch.bfloat16)
-    if not hf.is_fp8_linear(name):
-        fp8.refuse_non_finite(tensor, name)
-        return {name: tensor}
-    codes, scale_inv = fp8.quantize(tensor, fp8.BLOCK, scale_fmt=scale_fmt, name=name)
-    return {name: codes, hf.scale_name(name): scale_inv}
+def _scale_format(reader: hf.HFReader, asked: str | None, allow_mixed: bool) -> str:
+    """The format to write. ValueError where it is not the one that config.json records of training."""
+    trained = hf.trained_scale_format(reader.config)
+    if asked is None and trained is not None and not os.environ.get("SCALE_FMT"):
+        return trained
+    wanted = asked or scale_format()
+    if trained is not None and not allow_mixed:
+        name = next(filter(hf.is_fp8_linear, reader.names))
+        try:
+            hf.refuse_mixed_formats(str(reader.path), repr(name), reader.tensor(name), trained, wanted)
+        except ValueError as error:
+            raise ValueError(f"{error}, or pass --allow-mixed-scales") from None
+    return wanted
 
 
 def _expected_bytes(reader: hf.HFReader) -> int:
@@ -84,29 +100,12 @@ def _verify(
             return 0.0, 0.0
         for part, expected in quantise(name, tensor).items():
             hf.refuse_difference(part, written.tensor(part), expected)
-        return _rounding_error(name, tensor, written)
+        # Codes and scales are known to be right by now; a sample makes sure that they mean the weight.
+        return hf.rounding_error(name, tensor, written.tensor(name), written.tensor(hf.scale_name(name)), every=8)
 
     errors = list(reader.map(compare, reader.names, workers=workers, progress="verify"))
     noise, signal = (math.fsum(column) for column in zip(*errors, strict=True))
     return f"verified, relative error of the FP8 weights {math.sqrt(noise / signal) if signal else 0.0:.2%}"
-
-
-def _rounding_error(name: str, weight: Tensor, written: hf.HFReader) -> tuple[float, float]:
-    """Sums of squares of the error and of the weight, over every eighth row of blocks: codes and scales are known to be
-    right already, and this makes sure that they mean the weight. ValueError where the error is more than FP8's."""
-    codes, scale_inv = written.tensor(name), written.tensor(hf.scale_name(name))
-    sums = []
-    for i in range(0, len(scale_inv), 8):
-        rows = slice(128 * i, 128 * (i + 1))
-        exact = weight[rows].to(torch.bfloat16).float().view(-1)
-        error = fp8.dequantize(codes[rows], scale_inv[i : i + 1], fp8.BLOCK).view(-1).sub_(exact)
-        noise, signal = torch.dot(error, error).item(), torch.dot(exact, exact).item()
-        # E4M3 keeps 3 mantissa bits, so each value is off by at most 2^-4 of itself. What is so small that it is off
-        # by more adds nothing beside its block's largest value.
-        if noise > signal * 2**-8:
-            raise ValueError(f"{name!r} is off by {math.sqrt(noise / signal):.2%} in rows {rows.start} to ...+127")
-        sums.append((noise, signal))
-    return tuple(map(math.fsum, zip(*sums, strict=True)))
 
 
 def _summary(reader: hf.HFReader, written: hf.HFReader, scale_fmt: str) -> str:
@@ -132,7 +131,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--input-bf16-hf-path", type=Path, required=True, metavar="DIR")
     parser.add_argument("--output-fp8-hf-path", type=Path, required=True, metavar="DIR", help="must not exist")
-    parser.add_argument("--scale-fmt", choices=fp8.SCALE_FORMATS, help="default: SCALE_FMT, else pow2")
+    parser.add_argument(
+        "--scale-fmt", choices=fp8.SCALE_FORMATS, help="default: SCALE_FMT, else that of training, else pow2"
+    )
+    parser.add_argument(
+        "--allow-mixed-scales",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="cast even if training used the other scale format; default: no",
+    )
     parser.add_argument(
         "--force-pow-2-scale", type=_true_or_false, metavar="True|False", help="the same switch: pow2 or fp32"
     )
@@ -157,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = cast(
             arguments.input_bf16_hf_path,
             arguments.output_fp8_hf_path,
-            arguments.scale_fmt or scale_format(),
+            arguments.scale_fmt,
+            allow_mixed_scales=arguments.allow_mixed_scales,
             verify=arguments.verify,
             workers=arguments.workers,
             device=arguments.device,

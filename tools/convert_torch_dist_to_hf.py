@@ -7,9 +7,13 @@
 --input-dir is a run's folder (its newest checkpoint) or one iteration's. Any TP, PP and DP layout; needs no GPU and not
 Megatron. Weights come from the FP32 masters where the checkpoint names them, rounded once to --dtype; flat optimizer
 buckets have no names and are refused; --weights model takes the BF16 weights instead. Memory: a few tensors.
+
+The run's run.json, beside its iterations, says with which scale format it trained in FP8. config.json records that as
+"infir2", and tools/bf16_cast_fp8.py refuses to mix it with another one.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -17,8 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from infir2.checkpoint import CheckpointError, TorchDist
-from infir2.hf import HFReader, HFWriter
+from infir2.checkpoint import RELEASE, CheckpointError, TorchDist
+from infir2.hf import RECORD, HFReader, HFWriter, trained_scale_format
+from infir2.preflight import RUN_FILE
 from infir2.qwen2 import Entry, Shape, entries
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -34,10 +39,31 @@ def convert(source: Path, output: Path, origin: Path, dtype: torch.dtype, weight
     with HFWriter(output, like=reader) as writer:
         writer.config["dtype"] = str(dtype).removeprefix("torch.")
         writer.config.pop("quantization_config", None)
+        writer.config.pop(RECORD, None)  # the origin's, not this run's
+        if (record := training_record(stored.folder, take_masters)) is not None:
+            writer.config[RECORD] = record
         for entry in tqdm(list(entries(shape)), desc="converting", unit="tensor"):
             for name, tensor in zip(entry.hf, entry.split(_read(stored, take_masters, entry, shape)), strict=True):
                 writer.add(name, tensor.to(dtype).contiguous())
     return "FP32 masters" if take_masters else "model weights"
+
+
+def training_record(iteration: Path, take_masters: bool) -> dict | None:
+    """What config.json keeps of the run that trained the folder `iteration`; None where no run.json lies beside it."""
+    path = iteration.parent / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        trained = json.loads(path.read_text())["scale_fmt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}); copy it again from the run's folder") from None
+    record = {
+        "trained_scale_fmt": trained,
+        "iteration": int(iteration.name.removeprefix("iter_")) if iteration.name != RELEASE else None,
+        "weights": "masters" if take_masters else "model",
+    }
+    trained_scale_format({RECORD: record})  # refuses a format that is not known
+    return record
 
 
 def _read(stored: TorchDist, take_masters: bool, entry: Entry, shape: Shape) -> Tensor:

@@ -36,6 +36,7 @@ from infir2.qwen2 import ARCHITECTURE, Shape
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+RECORD = "infir2"  # config.json's key for what the training run was
 
 DTYPES = {
     "F64": torch.float64,
@@ -395,22 +396,104 @@ def set_dtype(config: dict, dtype: str) -> None:
 
 
 def refuse_mixed_scales(reader: HFReader, scale_fmt: str) -> None:
-    """ValueError, with the tensor's name, unless all scales are positive numbers of the format that config.json states.
+    """ValueError, with the tensor's name, unless all scales are positive and of the format that config.json states."""
+    for name in (name for name in reader.names if name.endswith("_scale_inv")):
+        refuse_wrong_scales(name, reader.tensor(name), scale_fmt)
+
+
+def refuse_wrong_scales(name: str, scale_inv: Tensor, scale_fmt: str) -> None:
+    """ValueError unless `scale_inv`, float32 of any shape, holds positive numbers of the format `scale_fmt`.
 
     A tensor of FP32 scales may by chance hold only powers of two, so that counts only from 8 scales other than 1 on.
     """
-    for name in (name for name in reader.names if name.endswith("_scale_inv")):
-        scale_inv = reader.tensor(name)
-        if not (torch.isfinite(scale_inv) & (scale_inv > 0)).all():
-            raise ValueError(f"{name!r} holds scales that are not positive numbers; cast the model again")
-        is_pow2 = fp8.is_power_of_two(scale_inv)
-        if scale_fmt == "pow2" and not is_pow2:
-            raise ValueError(f"{name!r} holds FP32 scales, but config.json says 'ue8m0', powers of two")
-        if scale_fmt == "fp32" and is_pow2 and (scale_inv != 1).sum() >= 8:
-            raise ValueError(
-                f"{name!r} holds power-of-two scales, but config.json states FP32 ones; if all are powers of two, "
-                'add "scale_fmt": "ue8m0" to its quantization_config'
-            )
+    if not (torch.isfinite(scale_inv) & (scale_inv > 0)).all():
+        raise ValueError(f"{name!r} holds scales that are not positive numbers; cast the model again")
+    is_pow2 = fp8.is_power_of_two(scale_inv)
+    if scale_fmt == "pow2" and not is_pow2:
+        raise ValueError(f"{name!r} holds FP32 scales, but config.json says 'ue8m0', powers of two")
+    if scale_fmt == "fp32" and is_pow2 and (scale_inv != 1).sum() >= 8:
+        raise ValueError(
+            f"{name!r} holds power-of-two scales, but config.json states FP32 ones; if all are powers of two, "
+            'add "scale_fmt": "ue8m0" to its quantization_config'
+        )
+
+
+def fp8_tensors(name: str, tensor: Tensor, scale_fmt: str) -> dict[str, Tensor]:
+    """The tensors that stand in an FP8 model for `tensor`: a block linear's codes and scales, any other one in BF16.
+
+    tensor: [...] of a weight dtype, on any device. NaN or Inf is a ValueError with the tensor's name.
+    """
+    # Training quantises the BF16 copy of its FP32 masters; quantising the masters would change 3 % of the codes.
+    tensor = tensor.to(torch.bfloat16)
+    if not is_fp8_linear(name):
+        fp8.refuse_non_finite(tensor, name)
+        return {name: tensor}
+    codes, scale_inv = fp8.quantize(tensor, fp8.BLOCK, scale_fmt=scale_fmt, name=name)
+    return {name: codes, scale_name(name): scale_inv}
+
+
+def rounding_error(
+    name: str, weight: Tensor, codes: Tensor, scale_inv: Tensor, *, every: int = 1
+) -> tuple[float, float]:
+    """Sums of squares of the error of codes and scales, and of BF16(weight) itself; all [M, K] but the scales.
+
+    Takes every `every`-th row of blocks. ValueError with the tensor's name where a row is off by more than FP8 rounds.
+    """
+    sums = []
+    for i in range(0, len(scale_inv), every):
+        rows = slice(128 * i, 128 * (i + 1))
+        exact = weight[rows].to(torch.bfloat16).float().view(-1)
+        error = fp8.dequantize(codes[rows], scale_inv[i : i + 1], fp8.BLOCK).view(-1).sub_(exact)
+        noise, signal = torch.dot(error, error).item(), torch.dot(exact, exact).item()
+        # E4M3 keeps 3 mantissa bits, so each value is off by at most 2^-4 of itself. What is so small that it is off
+        # by more adds nothing beside its block's largest value.
+        if not noise <= signal * 2**-8:
+            off = math.sqrt(noise / signal) if signal else math.inf
+            raise ValueError(f"{name!r} is off by {off:.2%} in rows {rows.start} to ...+127")
+        sums.append((noise, signal))
+    return tuple(map(math.fsum, zip(*sums, strict=True)))
+
+
+def trained_scale_format(config: dict) -> str | None:
+    """The scale format, "pow2" or "fp32", of the FP8 training that config.json records; None where it records none.
+
+    tools/convert_torch_dist_to_hf.py writes the record, the key "infir2".
+    """
+    record = config.get(RECORD) or {}
+    found = record.get("trained_scale_fmt") if isinstance(record, dict) else record
+    if found is not None and found not in fp8.SCALE_FORMATS:
+        raise ValueError(
+            f"config.json's {RECORD}.trained_scale_fmt is {found!r}; known: {', '.join(fp8.SCALE_FORMATS)}, null"
+        )
+    return found
+
+
+def mixing_error(weight: Tensor, trained: str, wanted: str) -> tuple[float, float]:
+    """What scale format `wanted` does to weights [M, K] that were trained in FP8 with the format `trained`.
+
+    Norms relative to the weights that training computed with, T = dequantised Q_trained(BF16(weight)):
+    of the second rounding, Q_wanted(T) - T, and of the distance of what would be served, Q_wanted(BF16(weight)) - T.
+    """
+
+    def rounded(x: Tensor, scale_fmt: str) -> Tensor:
+        return fp8.fake_quantize(x, fp8.BLOCK, scale_fmt=scale_fmt, out_dtype=torch.float32)
+
+    weight = weight.to(torch.bfloat16)
+    used = rounded(weight, trained)
+    results = (rounded(used.to(torch.bfloat16), wanted), rounded(weight, wanted))
+    return tuple(((result - used).norm() / used.norm()).item() if used.any() else 0.0 for result in results)
+
+
+def refuse_mixed_formats(where: str, name: str, weight: Tensor, trained: str, wanted: str) -> None:
+    """ValueError, with the error that it would add to `weight`, where the formats of scales differ."""
+    if trained == wanted:
+        return
+    second_rounding, distance = mixing_error(weight, trained, wanted)
+    raise ValueError(
+        f"{where} was trained in FP8 with {trained} scales, {wanted} ones are asked for. Measured on {name}: a second "
+        f"rounding, {second_rounding:.2%} relative weight error, and weights {distance:.2%} away from those that "
+        f"training computed with; take SCALE_FMT={trained}"
+    )
 
 
 def check_qwen2(reader: HFReader, *, in_fp8: bool) -> Shape:

@@ -9,6 +9,7 @@ Parameter names in checkpoints are those of TransformerEngine's layers: Megatron
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.quantization.utils import get_quant_config_or_none
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -27,39 +29,50 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from infir2 import fp8
-from infir2.precision import scale_format
+from infir2.precision import scale_format, scale_format_of_recipe
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How the operands of one layer's GEMMs are quantised: formats of forward operands and of gradients, and scales."""
+    """How the operands of one layer's GEMMs are quantised: formats of forward operands and of gradients, and scales.
+
+    per_tensor: one scale for each operand as a whole (--fp8-recipe tensorwise), not for each tile.
+    """
 
     forward: fp8.Format
     gradient: fp8.Format
     scale_fmt: str
+    per_tensor: bool = False
+
+    @classmethod
+    def of(cls, recipe: str, formats: str) -> "Quantisation":
+        """For Megatron's --fp8-recipe and --fp8-format. A recipe that is not emulated is a ValueError."""
+        if recipe not in ("blockwise", "tensorwise"):
+            raise ValueError(f"the CPU backend emulates --fp8-recipe blockwise and tensorwise; found '{recipe}'")
+        gradient = fp8.E5M2 if formats == "hybrid" else fp8.E4M3
+        return cls(fp8.E4M3, gradient, scale_format_of_recipe(recipe, scale_format()), recipe == "tensorwise")
 
     @classmethod
     def from_config(cls, config) -> "Quantisation | None":
-        """Read Megatron's `TransformerConfig`; None where it asks for no FP8. A recipe not emulated is a ValueError."""
-        if config.fp8 is None:
-            return None
-        if config.fp8_recipe != "blockwise":
-            raise ValueError(f"the CPU backend emulates --fp8-recipe blockwise; found '{config.fp8_recipe}'")
-        gradient = fp8.E5M2 if config.fp8 == "hybrid" else fp8.E4M3
-        return cls(fp8.E4M3, gradient, scale_format())
+        """Read Megatron's `TransformerConfig`; None where it asks for no FP8."""
+        return None if config.fp8 is None else cls.of(config.fp8_recipe, config.fp8)
 
     def activation(self, x: Tensor, tile: tuple[int, int]) -> Tensor:
-        return fp8.fake_quantize(x, tile, fmt=self.forward, scale_fmt=self.scale_fmt)
+        return self._quantise(x, tile, self.forward)
 
     def weight(self, w: Tensor) -> Tensor:
-        return fp8.fake_quantize(w, fp8.BLOCK, fmt=self.forward, scale_fmt=self.scale_fmt)
+        return self._quantise(w, fp8.BLOCK, self.forward)
 
     def output_gradient(self, g: Tensor, tile: tuple[int, int]) -> Tensor:
-        return fp8.fake_quantize(g, tile, fmt=self.gradient, scale_fmt=self.scale_fmt)
+        return self._quantise(g, tile, self.gradient)
+
+    def _quantise(self, x: Tensor, tile: tuple[int, int], fmt: fp8.Format) -> Tensor:
+        return fp8.fake_quantize(x, fp8.TENSOR if self.per_tensor else tile, fmt=fmt, scale_fmt=self.scale_fmt)
 
 
 class QuantisedMatmul(torch.autograd.Function):
-    """y = q(x) q(w)^T, dx = q(g) q(w), dw = q(g)^T q(x), each operand in tiles along its GEMM's inner dimension.
+    """y = q(x) q(w)^T, dx = q(g) q(w), dw = q(g)^T q(x), each operand in tiles along its GEMM's inner dimension, or
+    with one scale where the quantisation is per tensor.
 
     x: [..., K], w: [N, K], both of one floating type; tokens (the product of x's leading sizes) and K multiples of 128.
     As in TransformerEngine, x is kept only as its column-wise codes, and the weight's 128x128 blocks serve both GEMMs.
@@ -228,31 +241,71 @@ def _chunk_positions(length: int, size: int, rank: int) -> Tensor:
 def layer_spec(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, for `GPTModelConfig.transformer_layer_spec`.
 
-    `first_last_layers_bf16` keeps layers in BF16, as on the GPU. Clears `config.fp8` afterwards: with it set, Megatron
-    0.19.2 calls TransformerEngine's checkpoint function under --recompute-granularity full.
+    `first_last_layers_bf16` and --te-precision-config-file choose by layer, as on the GPU. Clears `config.fp8`
+    afterwards: with it set, Megatron 0.19.2 calls TransformerEngine's checkpoint function under
+    --recompute-granularity full.
     """
     config = model_config.transformer
     quantisation = Quantisation.from_config(config)
     count = get_num_layers_to_build(config, vp_stage)
     first = get_transformer_layer_offset(config, vp_stage)
-    layers = [
-        _layer(config, None if is_first_last_bf16_layer(config, first + index) else quantisation)
-        for index in range(count)
-    ]
+    layers = []
+    for index in range(count):
+        by_default = None if is_first_last_bf16_layer(config, first + index) else quantisation
+        layers.append(_layer(config, functools.partial(chosen_quantisation, config, index, by_default)))
     config.fp8 = None
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=FinalRMSNorm)
 
 
-def _layer(config, quantisation: Quantisation | None) -> ModuleSpec:
-    column, row = tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
-    if quantisation is not None:
-        column = functools.partial(QuantisedColumnParallelLinear, quantisation=quantisation)
-        row = functools.partial(QuantisedRowParallelLinear, quantisation=quantisation)
+_RECIPE_KEYS = {
+    *("fp8_quantization_recipe", "fp8_format"),
+    *("override_quantized_autocast", "override_nonquantized_autocast"),
+}
+
+
+def chosen_quantisation(config, index: int, by_default: Quantisation | None, module: str) -> Quantisation | None:
+    """The quantisation of linear layer `module` ("mlp.linear_fc1") in the stage's layer `index`; None is BF16.
+
+    What --te-precision-config-file says, read as Megatron's TransformerEngine layers read it (TEQuantizationRecipe,
+    core 0.19.2): no recipe named is BF16, and a layer that is in BF16 by default stays so unless it says otherwise.
+    """
+    path = f"decoder.layers.{index}.{module}"
+    chosen = get_quant_config_or_none(path, config.quant_recipe)
+    if chosen is None:
+        return by_default
+    recipe = chosen.config["training_recipe"]
+    emulated = {
+        "fp8_quantization_recipe",
+        "fp8_format",
+        "override_quantized_autocast",
+        "override_nonquantized_autocast",
+    }
+    if "evaluation_recipe" in chosen.config or set(recipe) - emulated:
+        raise ValueError(
+            f"--te-precision-config-file asks for {chosen.config} in {path}; the CPU backend emulates a "
+            f"training_recipe of {', '.join(sorted(emulated))}"
+        )
+    if by_default is None and not recipe.get("override_nonquantized_autocast", False):
+        return None
+    if by_default is not None and not recipe.get("override_quantized_autocast", True):
+        return by_default
+    name = recipe.get("fp8_quantization_recipe")
+    return None if name is None else Quantisation.of(name, recipe.get("fp8_format", "e4m3"))
+
+
+def _layer(config, quantisation_of: Callable[[str], Quantisation | None]) -> ModuleSpec:
+    def linear(module: str, plain: type, quantised: type):
+        quantisation = quantisation_of(module)
+        return plain if quantisation is None else functools.partial(quantised, quantisation=quantisation)
+
+    column = (tensor_parallel.ColumnParallelLinear, QuantisedColumnParallelLinear)
+    row = (tensor_parallel.RowParallelLinear, QuantisedRowParallelLinear)
     layer = get_gpt_layer_local_spec(normalization=config.normalization)
     attention = layer.submodules.self_attention.submodules
-    attention.linear_qkv, attention.linear_proj, attention.core_attention = column, row, CoreAttention
+    attention.linear_qkv = linear("self_attention.linear_qkv", *column)
+    attention.linear_proj = linear("self_attention.linear_proj", *row)
+    attention.core_attention = CoreAttention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.mlp = functools.partial(
-        MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)
-    )
+    mlp = MLPSubmodules(linear_fc1=linear("mlp.linear_fc1", *column), linear_fc2=linear("mlp.linear_fc2", *row))
+    layer.submodules.mlp = functools.partial(MLP.as_mlp_submodule, submodules=mlp)
     return layer

@@ -3,16 +3,20 @@
 A precision is a set of Megatron flags. On a GPU TransformerEngine carries them out; on a CPU `infir2.layers` emulates
 the same quantisation. `python -m infir2.precision NAME` prints the flags, one a line, for scripts/lib/precision.sh.
 
-`SCALE_FMT` (environment) is the one switch for the format of scales: "pow2" (default) or "fp32". `set_scale_format`
-hands it to TransformerEngine, which reads its own variable once, when it is imported.
+`SCALE_FMT` (environment) is the one switch for the format of blockwise scales: "pow2" (default) or "fp32".
+`set_scale_format` hands it to TransformerEngine, which reads its own variable once, when it is imported. Scales of a
+whole tensor ("fp8-current") are always FP32.
 """
 
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 SCALE_FORMATS = ("pow2", "fp32")
 TE_FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+TE_CURRENT_POW2_SCALES = "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"
+MLP_ONLY = Path(__file__).with_name("fp8_mlp.yaml")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,18 @@ PRECISIONS = {
     "fp8-hybrid": Precision(
         "as fp8, with gradients in E5M2", ("--bf16", "--fp8-format", "hybrid", "--fp8-recipe", "blockwise")
     ),
+    "fp8-current": Precision(
+        "linear layers in FP8 with one FP32 scale for each tensor, E4M3 forward, gradients in E5M2",
+        ("--bf16", "--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"),
+    ),
+    "fp8-mlp": Precision(
+        "as fp8, but attention projections and the first and last layer in BF16",
+        (
+            *("--bf16", "--fp8-format", "e4m3", "--fp8-recipe", "blockwise", "--first-last-layers-bf16"),
+            *("--num-layers-at-start-in-bf16", "1", "--num-layers-at-end-in-bf16", "1"),
+            *("--te-precision-config-file", str(MLP_ONLY)),
+        ),
+    ),
 }
 
 
@@ -50,6 +66,11 @@ def scale_format() -> str:
     return chosen
 
 
+def scale_format_of_recipe(recipe: str, scale_fmt: str) -> str:
+    """The format of the scales that Megatron's --fp8-recipe `recipe` uses in a run whose SCALE_FMT is `scale_fmt`."""
+    return "fp32" if recipe == "tensorwise" else scale_fmt
+
+
 def set_scale_format() -> str:
     """Set TransformerEngine's variable from `SCALE_FMT` and return the format.
 
@@ -63,6 +84,8 @@ def set_scale_format() -> str:
     found = os.environ.get(TE_FP32_SCALES)
     if found is not None and found != wanted:
         raise ValueError(f"{TE_FP32_SCALES}={found} contradicts SCALE_FMT={fmt}; unset it, SCALE_FMT sets it")
+    if os.environ.get(TE_CURRENT_POW2_SCALES, "0") != "0":
+        raise ValueError(f"{TE_CURRENT_POW2_SCALES} is set, but scales of whole tensors are FP32 here; unset it")
     os.environ[TE_FP32_SCALES] = wanted
     return fmt
 

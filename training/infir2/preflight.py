@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infir2 import checkpoint, receipts
+from infir2 import checkpoint, hf, receipts
 from infir2.checkpoint import CheckpointError, TorchDist
 from infir2.indexed import IndexedReader
+from infir2.precision import scale_format_of_recipe
 from infir2.qwen2 import Shape
 
 RUN_FILE = "run.json"
@@ -249,8 +250,14 @@ def _check_start(args: Namespace, start: Start, identity: dict[str, Any]) -> Non
     if has_head != args.untie_embeddings_and_output_weights:
         raise CheckpointError(f"{start.folder} has {'an own' if has_head else 'a tied'} output layer, the flags differ")
     parent = start.folder.parent / RUN_FILE
-    if start.resumes and parent.is_file():
-        found = json.loads(parent.read_text()).get("optimizer")
+    run = json.loads(parent.read_text()) if parent.is_file() else {}
+    if args.fp8 and run.get("scale_fmt") is not None:
+        name = "decoder.layers.0.self_attention.linear_qkv.weight"
+        hf.refuse_mixed_formats(
+            str(start.folder), name, stored.read(name), run["scale_fmt"], str(identity["scale_fmt"])
+        )
+    if start.resumes and run:
+        found = run.get("optimizer")
         if found != identity["optimizer"]:
             raise CheckpointError(
                 f"{start.folder} holds the state of the {found} optimizer, this run has the {identity['optimizer']} "
@@ -280,10 +287,21 @@ def run_identity(args: Namespace, backend: str, scale_fmt: str, data: dict[str, 
         **identity,
         "data": paths,
         "data_manifests": data,
-        "scale_fmt": scale_fmt if args.fp8 else None,
+        "scale_fmt": scale_format_of_recipe(args.fp8_recipe, scale_fmt) if args.fp8 else None,
+        "te_precision_config": _precision_by_module(args),
         "backend": backend,
         "optimizer": "distributed" if args.use_distributed_optimizer else "plain",
     }
+
+
+def _precision_by_module(args: Namespace) -> str | None:
+    """SHA-256 of --te-precision-config-file; None without it."""
+    if args.te_precision_config_file is None:
+        return None
+    path = Path(args.te_precision_config_file)
+    if not path.is_file():
+        raise ValueError(f"--te-precision-config-file {path} does not exist; `infir2.precision fp8-mlp` prints one")
+    return receipts.sha256_file(path)
 
 
 def _record(save: Path, identity: dict[str, Any]) -> None:

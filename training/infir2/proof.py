@@ -6,10 +6,13 @@ with what the layers say they did.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.utils import unwrap_model
 from torch.nn import Module
+
+from infir2.precision import scale_format_of_recipe
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -39,7 +42,10 @@ class Fp8Proof:
         if not self.args.fp8:
             return f"{where}, BF16" if self.args.bf16 else f"{where}, FP32"
         emulated = "emulated " if self.backend == "cpu" else ""
-        return f"{where}, {emulated}FP8 {self.args.fp8} {self.args.fp8_recipe}, scales {self.scale_fmt}"
+        scale_fmt = scale_format_of_recipe(self.args.fp8_recipe, self.scale_fmt)
+        chosen = self.args.te_precision_config_file
+        by_module = f", by module as in {Path(chosen).name}" if chosen else ""
+        return f"{where}, {emulated}FP8 {self.args.fp8} {self.args.fp8_recipe}, scales {scale_fmt}{by_module}"
 
     def _should_run_in_fp8(self) -> list[Module]:
         if not self.args.fp8:
@@ -48,7 +54,7 @@ class Fp8Proof:
             module
             for model in self.models
             for layer, module in _linears(model)
-            if _can_run_in_fp8(module) and not is_first_last_bf16_layer(layer.config, layer.layer_number - 1)
+            if _should_run_in_fp8(module, not is_first_last_bf16_layer(layer.config, layer.layer_number - 1))
         ]
 
     def _check_after_first_forward(self, model: Module) -> None:
@@ -72,9 +78,15 @@ def _linears(model: Module) -> Iterator[tuple[Module, Module]]:
                 yield layer, module
 
 
-def _can_run_in_fp8(module: Module) -> bool:
-    """TransformerEngine's linear layers and the emulated ones; Megatron's plain ones cannot."""
-    return hasattr(module, "quantisation") or hasattr(module, "fp8_meta")
+def _should_run_in_fp8(module: Module, layer_in_fp8: bool) -> bool:
+    """Whether the flags put this linear layer in FP8. `layer_in_fp8`: whether its transformer layer is.
+
+    An emulated layer has its quantisation, chosen when it was built. Megatron's TransformerEngine layers know what
+    --te-precision-config-file says of them. Megatron's plain layers cannot run in FP8.
+    """
+    if hasattr(module, "quantisation"):
+        return True
+    return hasattr(module, "fp8_meta") and module.will_execute_quantized(layer_in_fp8)
 
 
 def _ran_in_fp8(module: Module) -> bool:
