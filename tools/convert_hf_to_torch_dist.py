@@ -22,7 +22,6 @@ from infir2.checkpoint import RELEASE, TRACKER
 from infir2.hf import HFReader
 from infir2.qwen2 import Entry, Shape, entries
 
-
 # Modules of TransformerEngine for which Megatron asks a checkpoint for their (in these recipes empty) FP8 state.
 _HAS_EXTRA_STATE = (
     "linear_qkv.weight",

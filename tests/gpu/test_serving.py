@@ -90,8 +90,9 @@ def _rows(fp8, x: torch.Tensor) -> torch.Tensor:
 def test_sglang_computes_what_transformers_does(tmp_path):
     """The FP8 model's difference between the engines is a small multiple of the BF16 model's.
 
-    Measured 2.5 times on an H200: where the engines' BF16 activations differ in the last bit, their FP8 codes can differ by
-    a step, so an FP8 model magnifies what separates two BF16 computations. Wrong scales or blocks would give whole nats.
+    Measured 2.5 times on an H200: where the engines' BF16 activations differ in the last bit, their FP8 codes can
+    differ by a step, so an FP8 model magnifies what separates two BF16 computations. Wrong scales or blocks would give
+    whole nats.
 
     Pins: scales stored in a type or an order that the server reads otherwise, and merged projections with wrong blocks.
     """
