@@ -1,4 +1,4 @@
-# What CI runs is `make check`.
+# What CI runs is `make check`. Quoted: a checkout's path may hold spaces.
 PYTHON ?= .venv/bin/python
 SHELL_FILES := $(shell git ls-files '*.sh') .ci/run
 
@@ -6,11 +6,11 @@ SHELL_FILES := $(shell git ls-files '*.sh') .ci/run
 check: lint shell test
 
 lint:
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
+	"$(PYTHON)" -m ruff check .
+	"$(PYTHON)" -m ruff format --check .
 
 shell:
-	$(dir $(PYTHON))shellcheck -x $(SHELL_FILES)
+	"$$(dirname "$(PYTHON)")/shellcheck" -x $(SHELL_FILES)
 
 test:
-	$(PYTHON) -m pytest
+	"$(PYTHON)" -m pytest
