@@ -15,6 +15,7 @@ import pytest
 import torch
 from trainer import FP8, MODEL, losses, tensors
 
+from infir2 import precision
 from infir2.checkpoint import MASTER_PREFIXES
 from infir2.indexed import IndexedWriter
 
@@ -132,8 +133,18 @@ def test_resume_is_exact(gpu_run, data, tmp_path):
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_qwen_1_5b(precision, tmp_path):
+@pytest.mark.parametrize(("name", "count"), [("fp8-hybrid", 16), ("fp8-current", 16), ("fp8-mlp", 4)])
+def test_named_precisions(name, count, data, tmp_path):
+    """Each named precision runs, in as many layers as it says; infir2.proof compares that with what they did."""
+    flags = [*MODEL, "--num-layers", "4", *GPU, *data, "--from-scratch", "--train-iters", "16", "--exit-interval", "4"]
+    run = tmp_path / "run"
+    trained(run, "gpu", *flags, *precision.flags(name))
+    assert f"{count} of 16 linear layers in FP8" in (run / "log").read_text()
+    assert len(losses(run)) == 4
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_qwen_1_5b(name, tmp_path):
     """Qwen2.5-1.5B's shape at 4,096 tokens runs on one GPU; prints time and memory of its steps."""
     with IndexedWriter(tmp_path / "random", vocab_size=151936) as writer:
         generator = np.random.default_rng(0)
@@ -143,14 +154,14 @@ def test_qwen_1_5b(precision, tmp_path):
         [sys.executable, "-m", "infir2.qwen2", str(REPO / "tests/golden/configs/Qwen2.5-1.5B")],
         capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": f"{REPO}/training"},
     ).stdout.split()  # fmt: skip
-    flags = FP8 if precision == "fp8" else ["--bf16"]
+    flags = precision.flags(name)
     numbers = (
         "--tokenizer-type NullTokenizer --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 2 "
         "--global-batch-size 4 --no-create-attention-mask-in-dataloader --lr 1e-5 --min-lr 1e-6 --lr-decay-style WSD "
         "--lr-wsd-decay-style cosine --lr-warmup-iters 0 --lr-wsd-decay-iters 2 --train-iters 12 --eval-iters 0 "
         "--eval-interval 1000 --log-interval 1 --log-throughput --from-scratch --split 100,0,0"
     ).split()
-    run = tmp_path / precision
+    run = tmp_path / name
     run.mkdir()
     command = [sys.executable, "-m", "infir2.pretrain", *model, *numbers, *flags, *GPU]
     command += ["--data-path", str(tmp_path / "random"), "--data-cache-path", str(tmp_path / "cache")]
@@ -159,6 +170,6 @@ def test_qwen_1_5b(precision, tmp_path):
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     times = [float(ms) for ms in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", done.stdout)][4:]
     memory = [float(mb) for mb in re.findall(r"max allocated: ([0-9.]+)", done.stdout)]
-    print(json.dumps({"precision": precision, "median_ms": float(np.median(times)), "max_allocated_mb": max(memory)}))
-    wanted = "112 of 112" if precision == "fp8" else "0 of 112"
+    print(json.dumps({"precision": name, "median_ms": float(np.median(times)), "max_allocated_mb": max(memory)}))
+    wanted = "112 of 112" if name == "fp8" else "0 of 112"
     assert f"{wanted} linear layers in FP8" in done.stdout
