@@ -47,7 +47,7 @@ pretrain_both() {
 }
 
 answer() {
-    "$PYTHON" tools/generate.py --model "$HF" --prompt "In the beginning" --prompt "$(printf 'Question: What is 27 + 45?\n')" \
+    "$PYTHON" tools/generate.py --model "$HF" --prompt "In the beginning" --prompt $'Question: What is 27 + 45?\n' \
         --prompt "And it came to pass" >"$QUICKSTART/answers.json.tmp"
     mv "$QUICKSTART/answers.json.tmp" "$QUICKSTART/answers.json"
 }
