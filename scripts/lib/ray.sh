@@ -48,6 +48,12 @@ run_on_ray() {
     if [[ $RAY == http* ]]; then submit "${command[@]}"; else run "${command[@]}"; fi
 }
 
+# run_driver_on_ray MODULE FLAG...: start a module that places its own workers.
+run_driver_on_ray() {
+    local command=("$PYTHON" -m "$@")
+    if [[ $RAY == http* ]]; then submit "${command[@]}"; else RAY_ADDRESS=$RAY run "${command[@]}"; fi
+}
+
 # submit WORD...: the command as a Ray job: its log here, its failure ours, Ctrl-C stops it.
 submit() {
     local ray=${PYTHON%/*}/ray job=${SUBMISSION_ID:-$NAME-$(date +%Y%m%d-%H%M%S)} environment status=0

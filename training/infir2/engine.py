@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -59,6 +59,12 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         "--from-scratch",
         action="store_true",
         help="allow a first launch from random weights; without it a run needs a checkpoint or --pretrained-checkpoint",
+    )
+    group.add_argument(
+        "--fused-linear-cross-entropy",
+        action=BooleanOptionalAction,
+        default=False,
+        help="compute the output layer and the loss together, in chunks of tokens, without holding all the logits",
     )
     stage.add_arguments(group)
     return parser
@@ -110,13 +116,28 @@ def parse(stage: Stage, kind: str, scale_fmt: str) -> tuple[Namespace, preflight
 def train(stage: Stage, args: Namespace, start: preflight.Start, kind: str, scale_fmt: str, started: float) -> None:
     """Train as `args` say."""
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain, print_rank_0, set_startup_timestamps
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-
-    from infir2.masters import load_masters
-    from infir2.proof import Fp8Proof
+    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     set_startup_timestamps(program_start=started, main_entry=time.time())
+    model, proof = model_config(args, kind, scale_fmt)
+
+    def datasets(sample_counts, vp_stage=None):
+        """Megatron asks for datasets once the checkpoint is loaded: the moment to set the masters."""
+        restore_masters(args, proof.models, start)
+        return stage.datasets(sample_counts, vp_stage)
+
+    datasets.is_distributed = True  # read by Megatron: every rank calls it
+    config = pretrain_cfg_container_from_args(args, model)
+    pretrain(config, datasets, ModelType.encoder_or_decoder, stage.forward_step, **stage.evaluation())
+
+
+def model_config(args: Namespace, kind: str, scale_fmt: str) -> tuple[Any, Any]:
+    """Megatron's description of the model with this machine's layers, and the proof of its FP8."""
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from infir2.proof import Fp8Proof
+
     model = gpt_config_from_args(args)
     proof = Fp8Proof(args, kind, scale_fmt)
     model.post_wrap_hooks.append(proof.attach)
@@ -124,14 +145,15 @@ def train(stage: Stage, args: Namespace, start: preflight.Start, kind: str, scal
         from infir2 import layers
 
         model.transformer_layer_spec = layers.layer_spec
+    return model, proof
 
-    def datasets(sample_counts, vp_stage=None):
-        """Megatron asks for datasets once the checkpoint is loaded: the moment to set the masters."""
-        if args.bf16 and start.folder is not None and not start.resumes:
-            count = load_masters(proof.models, start.folder)
-            print_rank_0(f"[infir2] FP32 masters: {count} tensors from {start.folder}, the others from the weights")
-        return stage.datasets(sample_counts, vp_stage)
 
-    datasets.is_distributed = True  # read by Megatron: every rank calls it
-    config = pretrain_cfg_container_from_args(args, model)
-    pretrain(config, datasets, ModelType.encoder_or_decoder, stage.forward_step, **stage.evaluation())
+def restore_masters(args: Namespace, models: list, start: preflight.Start) -> None:
+    """At a hand-off, set the FP32 masters to the parent's. To be called when its checkpoint is loaded."""
+    from megatron.training import print_rank_0
+
+    from infir2.masters import load_masters
+
+    if args.bf16 and start.folder is not None and not start.resumes:
+        count = load_masters(models, start.folder)
+        print_rank_0(f"[infir2] FP32 masters: {count} tensors from {start.folder}, the others from the weights")

@@ -211,8 +211,11 @@ class CoreAttention(torch.nn.Module):
         boundaries = packed_seq_params.cu_seqlens_q.tolist() if packed else [0, query.shape[0] * size]
         if size > 1:
             key, value = self._gathered(boundaries, key, value)
-        parts = [self._one_sequence(query, key, value, *span) for span in pairwise(boundaries)]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        # Split once: each slice's backward would write a gradient as long as the pack.
+        lengths = [end - start for start, end in pairwise(boundaries)]
+        queries = query.split([length // size for length in lengths])
+        parts = map(self._one_sequence, queries, key.split(lengths), value.split(lengths))
+        out = torch.cat(list(parts))
         return out.flatten(1) if packed else out.flatten(2)
 
     def _gathered(self, boundaries: list[int], *tensors: Tensor) -> list[Tensor]:
@@ -223,15 +226,14 @@ class CoreAttention(torch.nn.Module):
         )
         return [_GatherSequence.apply(t, self.context_group)[order] for t in tensors]
 
-    def _one_sequence(self, query: Tensor, key: Tensor, value: Tensor, start: int, end: int) -> Tensor:
-        """Attention of this rank's queries of the sequence at [start, end): [queries, b, heads, d]."""
-        size, rank = self.context_group.size(), self.context_group.rank()
-        mine = slice(start // size, end // size)
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query[mine], key[start:end], value[start:end]))
+    def _one_sequence(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of this rank's queries of a sequence to all of its keys: [queries, b, heads, d]."""
+        size, rank, length = self.context_group.size(), self.context_group.rank(), key.shape[0]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None
         if size > 1:
-            at = torch.from_numpy(context_parallel_index([0, end - start], size, rank))
-            mask = at[:, None] >= torch.arange(end - start)
+            at = torch.from_numpy(context_parallel_index([0, length], size, rank))
+            mask = at[:, None] >= torch.arange(length)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
         )

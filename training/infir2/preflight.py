@@ -118,7 +118,7 @@ def _check_parallelism(args: Namespace) -> None:
 def _check_fp8(args: Namespace, shape: Shape | None, tokens: int) -> None:
     tp = args.tensor_model_parallel_size
     if args.fp8_recipe == "blockwise":
-        (shape or _shape_of_flags(args)).refuse_fp8(tp)
+        (shape or shape_of_flags(args)).refuse_fp8(tp)
     shared = args.context_parallel_size * (tp if args.sequence_parallel else 1)
     if tokens % (shared * FP8_TOKENS):
         raise ValueError(
@@ -127,7 +127,8 @@ def _check_fp8(args: Namespace, shape: Shape | None, tokens: int) -> None:
         )
 
 
-def _shape_of_flags(args: Namespace) -> Shape:
+def shape_of_flags(args: Namespace) -> Shape:
+    """The network that Megatron's arguments describe."""
     return Shape(
         layers=args.num_layers,
         hidden=args.hidden_size,

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,6 +161,20 @@ def _layer_entries(shape: Shape, megatron: str, hf: str) -> Iterator[Entry]:
 
 def _same(megatron: str, hf: str) -> Entry:
     return Entry(megatron, (hf,), lambda w: w, lambda w: (w,))
+
+
+def shard(shape: Shape, tensor_parallel: int) -> Shape:
+    """The shape of what one tensor-parallel rank holds: `entries` of it split that rank's tensors."""
+    parts = {name: getattr(shape, name) // tensor_parallel for name in ("ffn", "heads", "kv_heads", "vocab")}
+    return replace(shape, **parts)
+
+
+def sharded_dimension(hf: str) -> int | None:
+    """The dimension along which tensor parallelism cuts a Hugging Face tensor (or its scales); None where it does not:
+    norms, and nothing else. Rows of q, k, v, gate, up and the vocabulary; columns of o and down."""
+    if "norm" in hf:
+        return None
+    return 1 if re.search(r"\.(o|down)_proj\.weight", hf) else 0
 
 
 def _stack(*parts: Tensor, dim: int = 0) -> Tensor:

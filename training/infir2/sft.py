@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from infir2 import engine, packing, receipts
-from infir2.data.samples import Samples
+from infir2.data.samples import Samples, epoch_order
 
 
 class FineTuning(engine.Stage):
@@ -130,11 +130,6 @@ class FineTuning(engine.Stage):
 
 def _splits(args: Namespace) -> list[str]:
     return ["train", "valid"] if args.eval_iters else ["train"]
-
-
-def epoch_order(samples: int, epoch: int, seed: int) -> np.ndarray:
-    """The order of epoch `epoch`, a permutation, int64 [samples]."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(samples)
 
 
 def training_steps(samples: int, batch: int, seed: int) -> Callable[[int], np.ndarray]:

@@ -279,6 +279,10 @@ class ChatTokenizer:
 
     # Tokens
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; special ones as they are written."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
     def encode(self, renderings: Sequence[Rendering]) -> list[Encoded]:
         """Tokens and mask of each rendering."""
         parts = [list(self._parts(rendering)) for rendering in renderings]

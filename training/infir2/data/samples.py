@@ -19,6 +19,11 @@ def mask_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".mask")
 
 
+def epoch_order(samples: int, epoch: int, seed: int) -> np.ndarray:
+    """The order of epoch `epoch`, a permutation, int64 [samples]."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(samples)
+
+
 class Samples:
     """Read-only, memory-mapped view of one split.
 

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# RL stage 1 of the 7B model, on one node: GRPO, FP8 training and FP8 rollouts, responses of up to 8k tokens. docs/RL.md explains
+# each number.
+#
+#   export HF_CHECKPOINT=exp/InfiR2_SFT_FP8_7B_stage2_hf_fp8 REF_LOAD=exp/InfiR2_SFT_FP8_7B_stage2/checkpoints
+#   export RL_DATA=data/dapo/train.jsonl EVAL_DATA=data/aime24/train.jsonl
+#   bash scripts/RL/InfiR2_RL_FP8_7B_stage1_1node.sh           # on one machine of 8 GPUs, with or without Ray running
+#   DRY_RUN=1 bash scripts/RL/InfiR2_RL_FP8_7B_stage1_1node.sh --lr 2e-6      # print; extra flags win
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../lib/rl.sh"
+
+NAME=${NAME:-InfiR2_RL_FP8_7B_stage1_1node}
+RUN_DIR=$OUTPUT_ROOT/$NAME
+require HF_CHECKPOINT "the parent's model in block FP8 (tools/bf16_cast_fp8.py): shape, tokenizer, what SGLang loads"
+use_model Qwen2.5-7B "$HF_CHECKPOINT"
+use_precision "${PRECISION:-fp8}"
+
+# A quarter of the 4 nodes' step: 32 prompts x 16 samples = 512 responses; 96 prompts are begun at once.
+STEPS=${STEPS:-10240} PROMPTS=32 SAMPLES=16 OVER_SAMPLING=96
+PROMPT_LENGTH=2048 RESPONSE_LENGTH=8192 TEMPERATURE=1.0
+SEQ_LENGTH=10240 MAX_TOKENS_PER_GPU=8192 # times CP: 16,384 tokens of a micro-batch
+NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-8} TP=4 PP=1 CP=2 ENGINE_GPUS=4
+LR=1e-6
+SEED=1236
+SAVE_INTERVAL=20 EVAL_INTERVAL=20 EVAL_NAME=aime24 EVAL_SAMPLES=16 EVAL_LENGTH=30000 EVAL_TEMPERATURE=1.0 EVAL_TOP_P=0.7
+
+require REF_LOAD "checkpoints of SFT stage 2: exp/InfiR2_SFT_FP8_7B_stage2/checkpoints"
+start_from_base "$REF_LOAD"
+launch_rl "$@"

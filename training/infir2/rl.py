@@ -1,0 +1,282 @@
+"""Reinforcement learning: `python -m infir2.rl FLAGS`, with Megatron's own flags and those of infir2.rl_arguments.
+
+This is the controller. It holds no weights: trainers (Megatron, infir2.policy) and engines (SGLang, or a transformers
+model on a CPU) are Ray actors. A step generates, scores, trains, and hands the new weights to the engines, which hold
+the very codes that training computes with. How far the engines' probabilities are from the trainers' is measured in
+every step, and ends the run where it says that they no longer are the same model.
+
+A checkpoint is Megatron's, and the state of the data beside it. The same command resumes from the last one; on a CPU
+the run then goes on exactly as if it had not ended.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from infir2 import grpo, ray_launch, rewards, rl_arguments, rollout
+from infir2.data.chat import ChatTokenizer
+from infir2.indexed import DataError
+from infir2.precision import scale_format
+from infir2.ray_cluster import Refusal
+from infir2.rl_actors import Lost, Trainers, TransformersEngines
+from infir2.rl_log import StepLog
+
+log = logging.getLogger("rl")
+
+SHOWN_SAMPLES = 4  # groups of each step that rollouts.jsonl holds
+STATE_FOLDER = "rollout_state"
+
+
+class GapError(Exception):
+    """Trainer and engine no longer compute the same model."""
+
+
+class Run:
+    """A run from its first step to its last. Trainers and engines are started, and hold the same weights."""
+
+    def __init__(self, args: Namespace, trainers: Trainers, engines, scale_fmt: str) -> None:
+        self.args, self.trainers, self.engines = args, trainers, engines
+        tokenizer = ChatTokenizer(Path(args.tokenizer_model))
+        self.decode = text_of(tokenizer)
+        prompts = rollout.Prompts(
+            args.prompt_data,
+            tokenizer,
+            input_key=args.input_key,
+            label_key=args.label_key,
+            longest=args.rollout_max_prompt_len,
+            limit=None,
+        )
+        self.evaluations = {
+            name: rollout.Prompts(
+                Path(path),
+                tokenizer,
+                input_key=args.input_key,
+                label_key=args.label_key,
+                longest=args.rollout_max_prompt_len,
+                limit=args.eval_limit,
+            )
+            for name, path in args.eval_prompt_data
+        }
+        self.source = rollout.Source(prompts, args.n_samples_per_prompt, args.seed, args.rollout_shuffle)
+        self.plan, self.sampling = rl_arguments.plan(args, args.seed), rl_arguments.sampling(args)
+        self.objective = rl_arguments.objective(args)
+        precise = engines.precision
+        self.gate = rl_arguments.MAX_GEN_KL[precise] if args.max_gen_kl is None else args.max_gen_kl
+        self.above_gate = 0
+        self.rewards = rewards.pool_from(args)
+        self.folder = args.metrics_file.parent
+        self.seconds: dict[str, float] = {}
+        log.info("%d prompts, engine in %s, gate on gen_kl_error %g", len(prompts), precise, self.gate)
+
+    # The algorithm
+
+    def train(self) -> None:
+        """All steps that are left."""
+        args = self.args
+        first = args.iteration
+        self.restore(first)
+        with StepLog(args, first) as self.log:
+            self.sync()
+            if first == 0:
+                self.evaluate(0)
+            for step in range(first, args.num_rollout):
+                self.step(step)
+
+    def step(self, step: int) -> None:
+        """One step of the algorithm; `step` counts from 0, and is the version of the policy that generates."""
+        started = time.perf_counter()
+        self.seconds = {}
+        with self.phase("generation"):
+            collected = rollout.collect(
+                self.source, self.engines, self.rewards.score, self.decode, self.plan, self.sampling, step
+            )
+        samples = [sample for group in collected.groups for sample in group.samples]
+        batch = rollout.training_batch(collected.groups, self.source.prompts)
+        with self.phase("release"):
+            self.engines.make_room()
+        with self.phase("training"):
+            if len(batch.tokens) > self.args.global_batch_size:  # several updates: the ratios' denominator first
+                batch = batch.with_old(self.trainers.log_probabilities(batch))
+            metrics, seen = self.trainers.train(batch)
+        gap = self.check_gap(step, samples, batch, seen if batch.old is None else batch.old)
+        self.sync()
+        done = step + 1
+        if done % self.args.save_interval == 0 or done == self.args.num_rollout:
+            with self.phase("saving"):
+                self.save(done)
+        if self.evaluations and (done % self.args.eval_interval == 0 or done == self.args.num_rollout):
+            self.evaluate(done)
+        total = time.perf_counter() - started
+        self.log.step(done, collected, gap, metrics, self.seconds, total)
+        self.log.samples(done, collected.groups[:SHOWN_SAMPLES], self.source.prompts, self.decode)
+
+    def sync(self) -> None:
+        """Hand the trainers' weights to the engines."""
+        with self.phase("sync"):
+            self.engines.update(self.trainers)
+        if self.args.check_weights:
+            with self.phase("checking weights"):
+                self.engines.check(self.trainers)
+
+    def check_gap(self, step: int, samples: list[rollout.Sample], batch, old: np.ndarray) -> grpo.Gap:
+        """Measure the gap on what this step's policy generated, and hold it against the gate."""
+        fresh = np.array([all(version == step for version, _ in sample.versions) for sample in samples])
+        if not fresh.any():
+            fresh[:] = True  # nothing is from this policy: better an honest upper bound than none
+        lengths = np.diff(batch.boundaries)
+        tokens = np.repeat(fresh, lengths)
+        boundaries = np.concatenate([[0], np.cumsum(lengths[fresh])])
+        old, ours = old[tokens], batch.rollout[tokens]
+        gap = grpo.gap(old, ours, boundaries, self.objective)
+        if gap.gen_kl_error <= self.gate:
+            self.above_gate = 0
+            return gap
+        self.above_gate += 1
+        path = self.folder / f"gap_step_{step + 1:07d}.jsonl"
+        chosen = [sample for sample, is_fresh in zip(samples, fresh, strict=True) if is_fresh]
+        self.log.dump_gap(path, chosen, grpo.sample_kl(old, ours, boundaries), old, boundaries, self.decode)
+        said = (
+            f"step {step + 1}: gen_kl_error {gap.gen_kl_error:.5f} is above --max-gen-kl {self.gate:g} "
+            f"(step {self.above_gate} of {self.args.max_gen_kl_steps} in a row); worst samples in {path}"
+        )
+        if self.above_gate >= self.args.max_gen_kl_steps:
+            raise GapError(f"{said}. Compare the engine's weights with --check-weights; docs/RL.md, 'The gap'")
+        log.warning("%s", said)
+        return gap
+
+    def evaluate(self, step: int) -> None:
+        """Score the evaluation sets with settings of their own."""
+        args = self.args
+        chosen = rollout.Sampling(args.eval_temperature, args.eval_top_p)
+        for name, prompts in self.evaluations.items():
+            with self.phase("evaluation"):
+                found = rollout.evaluate(
+                    prompts,
+                    self.engines,
+                    self.rewards.score,
+                    self.decode,
+                    args.n_samples_per_eval_prompt,
+                    args.eval_max_response_len,
+                    chosen,
+                    args.seed,
+                )
+            self.log.evaluation(step, name, found)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Its seconds go into the step's."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    # State
+
+    def state_file(self, iteration: int) -> Path:
+        return Path(self.args.save) / STATE_FOLDER / f"iter_{iteration:07d}.json"
+
+    def save(self, iteration: int) -> None:
+        """The data's state first: a checkpoint that is complete has one."""
+        path = self.state_file(iteration)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"source": self.source.state(), "above_gate": self.above_gate}))
+        os.replace(partial, path)
+        self.trainers.save(iteration)
+
+    def restore(self, iteration: int) -> None:
+        if iteration == 0:
+            return
+        path = self.state_file(iteration)
+        if not path.is_file():
+            raise Refusal(f"the checkpoint of step {iteration} has no {path}: which prompts it saw is not known")
+        state = json.loads(path.read_text())
+        self.source.restore(state["source"])
+        self.above_gate = state["above_gate"]
+        log.info("resuming after step %d: %d groups begun", iteration, self.source.begun)
+
+
+def text_of(tokenizer: ChatTokenizer):
+    """A function from a response's tokens to its text, without the end-of-turn token; other special tokens stay."""
+    end = tokenizer.special_tokens[tokenizer.end_of_turn]
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens[:-1] if tokens and tokens[-1] == end else tokens)
+
+    return decode
+
+
+# The command line
+
+
+def parse(words: list[str]) -> tuple[Namespace, list[str]]:
+    """The controller's flags, and the words for the trainers: theirs and Megatron's."""
+    cluster = ArgumentParser(prog="infir2.rl", add_help=False, allow_abbrev=False)
+    rl_arguments.add_cluster_arguments(cluster)
+    args, rest = cluster.parse_known_args(words)
+    parser = ArgumentParser(prog="infir2.rl", parents=[cluster], description=__doc__.split("\n\n")[0])
+    rl_arguments.add_arguments(parser)
+    parser.parse_known_args(rest, namespace=args)
+    rl_arguments.check(args)
+    return args, rest
+
+
+def run(cluster: Namespace, words: list[str]) -> None:
+    """On the Ray that we are connected to."""
+    args, cpu = cluster, cluster.cpu
+    kind = "CPU" if cpu else "GPU"
+    wait = 0 if ray_launch.own_ray() else args.wait_seconds
+    group = ray_launch.reserve(args.actor_num_nodes, args.actor_num_gpus_per_node, kind, wait)
+    logs = args.metrics_file.parent / "logs"
+    trainers = Trainers(group, args.actor_num_nodes, args.actor_num_gpus_per_node, cpu, logs)
+    if cpu:
+        engines = TransformersEngines(logs)
+    else:
+        from infir2.sglang_engine import SGLangEngines
+
+        engines = SGLangEngines(args, trainers.places, group, logs)
+    try:
+        engines.start(args.hf_checkpoint, scale_format())
+        answer = trainers.start(words, os.getcwd())
+        settings = answer["args"]
+        vars(settings).update(metrics_file=args.metrics_file, iteration=answer["iteration"])
+        Run(settings, trainers, engines, answer["scale_fmt"]).train()
+    finally:
+        engines.close()
+        for actor in trainers.actors:
+            ray.kill(actor)
+        ray.util.remove_placement_group(group)
+
+
+def main() -> int:
+    """Parse, connect, run. What cannot run ends in one line and status 2, a run that broke in status 1."""
+    logging.basicConfig(format="[%(name)s] %(message)s", level=logging.INFO)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        args, words = parse(sys.argv[1:])
+        if args.metrics_file is None:
+            raise ValueError("missing: --metrics-file")
+        args.metrics_file = args.metrics_file.resolve()
+        with ray_launch.session(args.actor_num_gpus_per_node + 1, args.cpu):
+            run(args, words)
+    except (Refusal, ValueError, DataError, rewards.RewardError, FileNotFoundError) as error:
+        log.error("error: %s", error)
+        return 2
+    except (Lost, GapError, rollout.RolloutError) as error:
+        log.error("error: %s. The same command resumes from the last checkpoint.", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

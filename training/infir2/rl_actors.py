@@ -1,0 +1,252 @@
+"""The processes of reinforcement learning: Ray actors, and what the controller holds of them.
+
+`Trainers` are one Megatron rank each, on the GPUs (or CPUs) of a placement group. `TransformersEngines` is the engine
+of a CPU; SGLang's is infir2.sglang_engine. An actor's output goes to a file in the run's `logs` folder. Ray ends the
+actors of a controller that is gone; an actor that is lost ends the run.
+"""
+
+import faulthandler
+import os
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from infir2.ray_cluster import Refusal, forwarded
+from infir2.ray_launch import START_SECONDS, Place, Worker, environments
+from infir2.rollout import Request, Response, Sampling
+
+TAIL_LINES = 20
+
+
+class Lost(Exception):
+    """A process of the run is gone: which one, and the last of its output."""
+
+
+def become(log: str, environment: dict[str, str], folder: str) -> None:
+    """Make this actor a process of the run: its variables, its folder, its output in `log`."""
+    os.environ.update(environment)
+    os.chdir(folder)
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+    faulthandler.enable(sys.stderr)
+    import torch
+
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # torch may have been imported before
+
+
+class Trainer:
+    """One rank. Its methods are those of infir2.policy.Policy; only rank 0 returns what is large."""
+
+    def place(self) -> Place:
+        return Worker().place()
+
+    def free_port(self) -> int:
+        return Worker().free_port()
+
+    def start(self, words: list[str], environment: dict[str, str], log: str, folder: str) -> dict[str, Any]:
+        """Parse, check, build, load. Returns the arguments, and the iteration that the checkpoint is of."""
+        become(log, environment, folder)
+        from infir2 import backend, engine, precision, rl_arguments
+
+        sys.argv = ["infir2.rl", *words]
+        scale_fmt = precision.set_scale_format()
+        kind = backend.install()
+        self.stage = rl_arguments.ReinforcementLearning()
+        args, start = engine.parse(self.stage, kind, scale_fmt)
+        from infir2.policy import Policy
+
+        self.policy = Policy(args, start, kind, scale_fmt, rl_arguments.objective(args))
+        self.rank, self.kind = args.rank, kind
+        return {"args": args, "iteration": args.iteration, "kind": kind, "scale_fmt": scale_fmt}
+
+    def log_probabilities(self, batch) -> Any:
+        found = self.policy.log_probabilities(batch)
+        return found if self.rank == 0 else None
+
+    def train(self, batch) -> Any:
+        found = self.policy.train(batch)
+        return found if self.rank == 0 else None
+
+    def save(self, iteration: int) -> None:
+        self.policy.save(iteration)
+
+    def weights(self, fp8: bool) -> dict | None:
+        """The bytes of all tensors."""
+        from infir2.transformers_engine import to_bytes
+
+        found = {name: to_bytes(tensor) for name, tensor in self.policy.weights(fp8)}
+        return found if self.rank == 0 else None
+
+    def digests(self, fp8: bool) -> dict[str, str] | None:
+        from infir2.transformers_engine import digest
+
+        found = {name: digest(tensor) for name, tensor in self.policy.weights(fp8)}
+        return found if self.rank == 0 else None
+
+
+class Trainers:
+    """All ranks, called as one."""
+
+    def __init__(self, group: PlacementGroup, nodes: int, per_node: int, cpu: bool, logs: Path) -> None:
+        resources = {"num_cpus": 1} if cpu else {"num_gpus": 1, "num_cpus": 0}
+        actors = [
+            ray.remote(Trainer).options(**resources, **on_node(group, node)).remote()
+            for node in range(nodes)
+            for _ in range(per_node)
+        ]
+        places = call(actors, "place")
+        order = sorted(range(len(actors)), key=lambda number: places[number].order)
+        self.actors = [actors[number] for number in order]
+        self.places = [places[number] for number in order]
+        self.logs = [str(logs / f"trainer-{rank}.log") for rank in range(len(actors))]
+
+    def start(self, words: list[str], folder: str) -> dict[str, Any]:
+        """Rank 0's answer. What it refuses is a Refusal."""
+        variables = environments(self.places, ray.get(self.actors[0].free_port.remote()))
+        ours = forwarded(os.environ)
+        started = [
+            actor.start.remote(words, {**own, **ours}, log, folder)
+            for actor, own, log in zip(self.actors, variables, self.logs, strict=True)
+        ]
+        return self._all(started)[0]
+
+    def __getattr__(self, method: str):
+        """Call a method of every rank; rank 0's answer."""
+
+        def run(*arguments):
+            shared = [ray.put(argument) for argument in arguments]
+            return self._all([getattr(actor, method).remote(*shared) for actor in self.actors])[0]
+
+        return run
+
+    def _all(self, references: list) -> list:
+        """Their results; the first failure ends the wait, for the other ranks may hang in a collective."""
+        waiting = list(references)
+        while waiting:
+            ready, waiting = ray.wait(waiting)
+            for reference in ready:
+                rank = references.index(reference)
+                try:
+                    ray.get(reference)
+                except (RayTaskError, RayActorError) as error:
+                    raise self._failure(rank, error) from None
+        return ray.get(references)
+
+    def _failure(self, rank: int, error: Exception) -> Exception:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ValueError | FileNotFoundError) or type(cause).__name__ == "DataError":
+            return Refusal(str(cause))
+        return lost(f"trainer {rank} on {self.places[rank]}", self.logs[rank], error)
+
+
+def lost(who: str, log: str, error: Exception) -> Lost:
+    """The error for an actor that failed: its own words, and the end of its log."""
+    lines = Path(log).read_text(errors="replace").splitlines()[-TAIL_LINES:] if Path(log).is_file() else []
+    why = "is gone" if isinstance(error, RayActorError) else "failed"
+    words = str(error).strip().splitlines()[-1:]
+    return Lost("\n".join([f"{who} {why}: {' '.join(words)}", f"the last of {log}:", *lines]))
+
+
+def on_node(group: PlacementGroup, node: int) -> dict[str, Any]:
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node)}
+
+
+def call(actors: list, method: str) -> list:
+    return ray.get([getattr(actor, method).remote() for actor in actors], timeout=START_SECONDS)
+
+
+class TransformersProcess:
+    """The actor of a transformers engine."""
+
+    def start(self, folder: str, scale_fmt: str, environment: dict[str, str], log: str) -> str:
+        """Returns the engine's precision."""
+        become(log, environment, os.getcwd())
+        from infir2.transformers_engine import TransformersEngine
+
+        self.engine = TransformersEngine(folder, scale_fmt)
+        return self.engine.precision
+
+    def load(self, tensors: dict) -> None:
+        self.engine.load(tensors)
+
+    def digests(self) -> dict[str, str]:
+        return self.engine.digests()
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        return self.engine.generate(requests, sampling)
+
+
+class TransformersEngines:
+    """The engine of a CPU: one process, which generates a batch of requests when the next response is asked for."""
+
+    BATCH = 256
+
+    def __init__(self, logs: Path) -> None:
+        self.actor = ray.remote(TransformersProcess).options(num_cpus=1).remote()
+        self.log = str(logs / "engine-0.log")
+        self.pending: deque[Request] = deque()
+        self.finished: deque[Response] = deque()
+        self.sampling = Sampling()
+
+    def start(self, folder: Path, scale_fmt: str) -> ray.ObjectRef:
+        """Begin to start; `precision` waits for it."""
+        environment = {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
+        self.started = self.actor.start.remote(str(folder.resolve()), scale_fmt, environment, self.log)
+
+    @property
+    def precision(self) -> str:
+        return self._get(self.started)
+
+    def update(self, trainers: Trainers) -> None:
+        """Take the trainers' weights."""
+        self._get(self.actor.load.remote(trainers.weights(self.precision == "fp8")))
+
+    def check(self, trainers: Trainers) -> None:
+        """RuntimeError unless every tensor that is generated with equals the trainer's, bit for bit."""
+        wanted, held = trainers.digests(self.precision == "fp8"), self._get(self.actor.digests.remote())
+        if wrong := sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name)):
+            raise RuntimeError(f"{len(wrong)} of the engine's {len(wanted)} tensors are not the trainer's: {wrong[:3]}")
+
+    def make_room(self) -> None:
+        """Trainer and engine each have memory of their own here."""
+
+    def close(self) -> None:
+        ray.kill(self.actor)
+
+    # infir2.rollout.Engine
+
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        self.pending.extend(requests)
+        self.sampling = sampling
+
+    def next(self) -> Response:
+        if not self.finished:
+            batch = [self.pending.popleft() for _ in range(min(self.BATCH, len(self.pending)))]
+            self.finished.extend(self._get(self.actor.generate.remote(batch, self.sampling)))
+        return self.finished.popleft()
+
+    def abort(self) -> list[Response]:
+        """Responses that are finished and were not asked for; requests that were not begun, with nothing generated."""
+        left = [*self.finished, *(Response(request.id, [], [], "abort") for request in self.pending)]
+        self.finished.clear()
+        self.pending.clear()
+        return left
+
+    def _get(self, reference: ray.ObjectRef):
+        try:
+            return ray.get(reference)
+        except (RayTaskError, RayActorError) as error:
+            if isinstance(getattr(error, "cause", None), ValueError):
+                raise Refusal(str(error.cause)) from None
+            raise lost("the engine", self.log, error) from None
