@@ -178,8 +178,9 @@ def is_power_of_two(scale_inv: Tensor) -> bool:
 def refuse_non_finite(x: Tensor, name: str) -> None:
     """Raise ValueError with the tensor's name and the first bad index if x, [...] of a float dtype, has NaN or Inf."""
     flat = x.detach().reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        chunk = flat[start : start + _CHUNK]
+    step = max(1, flat.numel()) if x.is_cuda else _CHUNK  # each chunk's answer makes the CPU wait for the GPU
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step]
         if not torch.isfinite(_amax(chunk.view(1, 1, 1, -1))):
             first = start + int((~torch.isfinite(chunk)).nonzero()[0])
             index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), x.shape))

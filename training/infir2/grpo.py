@@ -155,15 +155,18 @@ def gap(old: np.ndarray, rollout: np.ndarray, boundaries: np.ndarray, objective:
 def _standard_error(values: np.ndarray, boundaries: np.ndarray) -> float:
     """Of the mean of all values, whose samples, not whose tokens, are independent (a ratio estimator's)."""
     lengths = np.diff(boundaries)
-    sums = np.add.reduceat(values, boundaries[:-1]) * (lengths > 0)  # reduceat gives an empty slice its first value
     if len(lengths) < 2:
         return float("nan")
-    residual = sums - values.mean() * lengths
+    residual = _sums(values, boundaries) - values.mean() * lengths
     return float(np.sqrt(len(lengths) / (len(lengths) - 1) * np.square(residual).sum()) / lengths.sum())
 
 
 def sample_kl(old: np.ndarray, rollout: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
     """Each sample's own `gen_kl_error`, [samples]: which ones make the gap."""
     d = old.astype(np.float64) - rollout
-    k3 = np.concatenate([[0.0], np.cumsum(np.expm1(d) - d)])
-    return np.diff(k3[boundaries]) / np.maximum(np.diff(boundaries), 1)
+    return _sums(np.expm1(d) - d, boundaries) / np.maximum(np.diff(boundaries), 1)
+
+
+def _sums(values: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
+    """Of each sample's values; 0 for one without any."""
+    return np.diff(np.concatenate([[0.0], np.cumsum(values)])[boundaries])

@@ -231,4 +231,4 @@ class _Step:
 
 
 def _to_device(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).cuda(non_blocking=True)
+    return torch.from_numpy(np.array(values, dtype=np.float32)).cuda()  # a copy: Ray's arrays are read-only

@@ -27,7 +27,7 @@ FORWARDED_NAMES = (
 )
 FORWARDED_PREFIXES = (
     *("INFIR2_", "NVTE_", "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_"),
-    *("HF_HUB_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_"),
+    *("HF_HUB_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "SGLANG_"),
 )
 SECRET_SUFFIXES = ("_KEY", "_TOKEN", "_PASSWORD")  # a job's runtime_env is shown on the dashboard
 

@@ -205,32 +205,45 @@ def own_ray() -> bool:
 
 
 @contextlib.contextmanager
-def session(workers: int, cpu: bool) -> Iterator[None]:
-    """Connected to RAY_ADDRESS, or to a Ray of our own with room for `workers`; disconnected, and ended, afterwards."""
+def session(workers: int, cpu: bool, store_bytes: int = 100 * 2**20) -> Iterator[None]:
+    """Connected to RAY_ADDRESS, or to a Ray of our own with room for `workers`; disconnected, and ended, afterwards.
+
+    store_bytes: shared memory of a Ray of our own, for what actors hand each other; lines of text need little."""
     with contextlib.ExitStack() as stack:
         address, options = os.environ.get("RAY_ADDRESS"), {}
         if own_ray():
             # A short path: it will hold sockets, whose paths end at 107 bytes.
             folder = tempfile.TemporaryDirectory(prefix="infir2-ray-", dir="/tmp", ignore_cleanup_errors=True)
-            address, options = "local", _own_options(stack.enter_context(folder), workers, cpu)
+            address, options = "local", _own_options(stack.enter_context(folder), workers, cpu, store_bytes)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns unless it is set
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (RuntimeError, ValueError, OSError) as error:  # versions that differ are a RuntimeError that names both
-            hint = "" if "RAY_AUTH_MODE" in os.environ else "; if the cluster has a token, export RAY_AUTH_MODE=token"
-            raise Refusal(f"cannot use Ray at {address}: {' '.join(str(error).split())}{hint}") from None
+        _connect(address, options)
         stack.callback(ray.shutdown)
         yield
 
 
-def _own_options(folder: str, workers: int, cpu: bool) -> dict[str, object]:
+def _connect(address: str | None, options: dict[str, object]) -> None:
+    """`ray.init`. Ray gives up on its own processes after 30 s, which a busy machine may need: it gets more tries."""
+    for last in (False, False, True):
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            return
+        except Exception as error:  # Ray raises bare ones too; versions that differ are a RuntimeError that names both
+            ray.shutdown()
+            words = " ".join(str(error).split())
+            if "timed out during startup" in words and not last:
+                log.warning("Ray did not start within 30 s; trying again")
+                continue
+            hint = "" if "RAY_AUTH_MODE" in os.environ else "; if the cluster has a token, export RAY_AUTH_MODE=token"
+            raise Refusal(f"cannot use Ray at {address}: {words}{hint}") from None
+
+
+def _own_options(folder: str, workers: int, cpu: bool, store_bytes: int) -> dict[str, object]:
     """A Ray for one run: no dashboard, free ports only, so that several fit on a machine. Its token is new and is never
     written: Ray would make ~/.ray/auth_token, which changes how later clusters of this user start."""
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise
-    options = {"include_dashboard": False, "num_cpus": workers, "_temp_dir": folder}
-    options["object_store_memory"] = 100 * 2**20  # bytes; lines of text pass through it, nothing else
+    options = {"include_dashboard": False, "num_cpus": workers, "_temp_dir": folder, "object_store_memory": store_bytes}
     return options | ({"num_gpus": 0} if cpu else {})
 
 

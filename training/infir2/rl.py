@@ -28,13 +28,14 @@ from infir2.data.chat import ChatTokenizer
 from infir2.indexed import DataError
 from infir2.precision import scale_format
 from infir2.ray_cluster import Refusal
-from infir2.rl_actors import Lost, Trainers, TransformersEngines
+from infir2.rl_actors import Lost, SGLangEngines, Trainers, TransformersEngines
 from infir2.rl_log import StepLog
 
 log = logging.getLogger("rl")
 
 SHOWN_SAMPLES = 4  # groups of each step that rollouts.jsonl holds
 STATE_FOLDER = "rollout_state"
+STORE_BYTES = 1 << 30  # a step of 2,048 responses of 16,384 tokens, 12 bytes each, is 0.4 GB
 
 
 class GapError(Exception):
@@ -44,7 +45,7 @@ class GapError(Exception):
 class Run:
     """A run from its first step to its last. Trainers and engines are started, and hold the same weights."""
 
-    def __init__(self, args: Namespace, trainers: Trainers, engines, scale_fmt: str) -> None:
+    def __init__(self, args: Namespace, trainers: Trainers, engines) -> None:
         self.args, self.trainers, self.engines = args, trainers, engines
         tokenizer = ChatTokenizer(Path(args.tokenizer_model))
         self.decode = text_of(tokenizer)
@@ -75,7 +76,7 @@ class Run:
         self.above_gate = 0
         self.rewards = rewards.pool_from(args)
         self.folder = args.metrics_file.parent
-        self.seconds: dict[str, float] = {}
+        self.since, self.seconds = time.perf_counter(), dict[str, float]()  # of the step that is under way
         log.info("%d prompts, engine in %s, gate on gen_kl_error %g", len(prompts), precise, self.gate)
 
     # The algorithm
@@ -89,13 +90,12 @@ class Run:
             self.sync()
             if first == 0:
                 self.evaluate(0)
+            self.since, self.seconds = time.perf_counter(), {}
             for step in range(first, args.num_rollout):
                 self.step(step)
 
     def step(self, step: int) -> None:
         """One step of the algorithm; `step` counts from 0, and is the version of the policy that generates."""
-        started = time.perf_counter()
-        self.seconds = {}
         with self.phase("generation"):
             collected = rollout.collect(
                 self.source, self.engines, self.rewards.score, self.decode, self.plan, self.sampling, step
@@ -111,14 +111,16 @@ class Run:
         gap = self.check_gap(step, samples, batch, seen if batch.old is None else batch.old)
         self.sync()
         done = step + 1
-        if done % self.args.save_interval == 0 or done == self.args.num_rollout:
+        last = done == self.args.num_rollout
+        if self.evaluations and (last or done % self.args.eval_interval == 0):
+            self.evaluate(done)
+        now = time.perf_counter()
+        self.log.step(done, collected, gap, metrics, self.seconds, now - self.since)
+        self.log.samples(done, collected.groups[:SHOWN_SAMPLES], self.source.prompts, self.decode)
+        self.since, self.seconds = now, {}
+        if last or done % self.args.save_interval == 0:  # after the log, since a resume does not come back to this step
             with self.phase("saving"):
                 self.save(done)
-        if self.evaluations and (done % self.args.eval_interval == 0 or done == self.args.num_rollout):
-            self.evaluate(done)
-        total = time.perf_counter() - started
-        self.log.step(done, collected, gap, metrics, self.seconds, total)
-        self.log.samples(done, collected.groups[:SHOWN_SAMPLES], self.source.prompts, self.decode)
 
     def sync(self) -> None:
         """Hand the trainers' weights to the engines."""
@@ -131,13 +133,16 @@ class Run:
     def check_gap(self, step: int, samples: list[rollout.Sample], batch, old: np.ndarray) -> grpo.Gap:
         """Measure the gap on what this step's policy generated, and hold it against the gate."""
         fresh = np.array([all(version == step for version, _ in sample.versions) for sample in samples])
-        if not fresh.any():
-            fresh[:] = True  # nothing is from this policy: better an honest upper bound than none
+        gated = fresh.any()
+        if not gated:
+            fresh[:] = True  # all was left over: what this shows is the last update too, and is no fault of the engine
         lengths = np.diff(batch.boundaries)
         tokens = np.repeat(fresh, lengths)
         boundaries = np.concatenate([[0], np.cumsum(lengths[fresh])])
         old, ours = old[tokens], batch.rollout[tokens]
         gap = grpo.gap(old, ours, boundaries, self.objective)
+        if not gated:
+            return gap
         if gap.gen_kl_error <= self.gate:
             self.above_gate = 0
             return gap
@@ -230,26 +235,24 @@ def parse(words: list[str]) -> tuple[Namespace, list[str]]:
     return args, rest
 
 
-def run(cluster: Namespace, words: list[str]) -> None:
+def run(args: Namespace, words: list[str]) -> None:
     """On the Ray that we are connected to."""
-    args, cpu = cluster, cluster.cpu
-    kind = "CPU" if cpu else "GPU"
+    shape = (args.actor_num_nodes, args.actor_num_gpus_per_node)
     wait = 0 if ray_launch.own_ray() else args.wait_seconds
-    group = ray_launch.reserve(args.actor_num_nodes, args.actor_num_gpus_per_node, kind, wait)
+    group = ray_launch.reserve(*shape, "CPU" if args.cpu else "GPU", wait)
     logs = args.metrics_file.parent / "logs"
-    trainers = Trainers(group, args.actor_num_nodes, args.actor_num_gpus_per_node, cpu, logs)
-    if cpu:
-        engines = TransformersEngines(logs)
-    else:
-        from infir2.sglang_engine import SGLangEngines
-
-        engines = SGLangEngines(args, trainers.places, group, logs)
+    if not args.cpu and not args.colocate:  # SGLang sets these for itself, and both sides of a group must agree
+        os.environ.update(NCCL_CUMEM_ENABLE="0", NCCL_NVLS_ENABLE="0")
+    trainers = Trainers(group, *shape, args.cpu, logs)
+    engines = TransformersEngines(logs) if args.cpu else SGLangEngines(args, trainers, group, logs)
     try:
-        engines.start(args.hf_checkpoint, scale_format())
-        answer = trainers.start(words, os.getcwd())
-        settings = answer["args"]
-        vars(settings).update(metrics_file=args.metrics_file, iteration=answer["iteration"])
-        Run(settings, trainers, engines, answer["scale_fmt"]).train()
+        engines.start(args.hf_checkpoint, scale_format(), args.engine_seed)
+        trainers.prepare(words, os.getcwd())
+        engines.wait()
+        settings = trainers.build()
+        engines.connect(trainers)
+        settings.metrics_file = args.metrics_file
+        Run(settings, trainers, engines).train()
     finally:
         engines.close()
         for actor in trainers.actors:
@@ -267,7 +270,7 @@ def main() -> int:
         if args.metrics_file is None:
             raise ValueError("missing: --metrics-file")
         args.metrics_file = args.metrics_file.resolve()
-        with ray_launch.session(args.actor_num_gpus_per_node + 1, args.cpu):
+        with ray_launch.session(args.actor_num_gpus_per_node + 1, args.cpu, STORE_BYTES):
             run(args, words)
     except (Refusal, ValueError, DataError, rewards.RewardError, FileNotFoundError) as error:
         log.error("error: %s", error)

@@ -7,7 +7,9 @@ actors of a controller that is gone; an actor that is lost ends the run.
 
 import faulthandler
 import os
+import shlex
 import sys
+from argparse import Namespace
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +17,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from infir2.ray_cluster import Refusal, forwarded
 from infir2.ray_launch import START_SECONDS, Place, Worker, environments
@@ -54,21 +56,24 @@ class Trainer:
     def free_port(self) -> int:
         return Worker().free_port()
 
-    def start(self, words: list[str], environment: dict[str, str], log: str, folder: str) -> dict[str, Any]:
-        """Parse, check, build, load. Returns the arguments, and the iteration that the checkpoint is of."""
+    def prepare(self, words: list[str], environment: dict[str, str], log: str, folder: str) -> None:
+        """Import, parse, check; no GPU memory is taken."""
         become(log, environment, folder)
         from infir2 import backend, engine, precision, rl_arguments
 
         sys.argv = ["infir2.rl", *words]
         scale_fmt = precision.set_scale_format()
         kind = backend.install()
-        self.stage = rl_arguments.ReinforcementLearning()
-        args, start = engine.parse(self.stage, kind, scale_fmt)
-        from infir2.policy import Policy
+        args, start = engine.parse(rl_arguments.ReinforcementLearning(), kind, scale_fmt)
+        import infir2.policy
 
-        self.policy = Policy(args, start, kind, scale_fmt, rl_arguments.objective(args))
-        self.rank, self.kind = args.rank, kind
-        return {"args": args, "iteration": args.iteration, "kind": kind, "scale_fmt": scale_fmt}
+        self.rank = args.rank
+        self._build = lambda: infir2.policy.Policy(args, start, kind, scale_fmt, rl_arguments.objective(args))
+
+    def build(self) -> Namespace:
+        """Build and load; returns the arguments, `iteration` being the checkpoint's."""
+        self.policy = self._build()
+        return self.policy.args
 
     def log_probabilities(self, batch) -> Any:
         found = self.policy.log_probabilities(batch)
@@ -87,6 +92,26 @@ class Trainer:
 
         found = {name: to_bytes(tensor) for name, tensor in self.policy.weights(fp8)}
         return found if self.rank == 0 else None
+
+    def connect(self, engines: list) -> None:
+        """Prepare to send weights to SGLang engines (infir2.sglang_weights.Engine)."""
+        from infir2.sglang_weights import WeightSender
+
+        self.sender = WeightSender(engines, address=ray.util.get_node_ip_address())
+
+    def send(self, fp8: bool, digests: bool) -> Any:
+        """Send all weights; what was sent."""
+        import torch
+
+        torch.cuda.empty_cache()
+        found = self.sender.send(self.policy.weights(fp8), digests=digests)
+        return found if self.rank == 0 else None
+
+    def free_cache(self) -> None:
+        """Give memory that training does not use now to the engine on this GPU."""
+        import torch
+
+        torch.cuda.empty_cache()
 
     def digests(self, fp8: bool) -> dict[str, str] | None:
         from infir2.transformers_engine import digest
@@ -111,15 +136,16 @@ class Trainers:
         self.places = [places[number] for number in order]
         self.logs = [str(logs / f"trainer-{rank}.log") for rank in range(len(actors))]
 
-    def start(self, words: list[str], folder: str) -> dict[str, Any]:
-        """Rank 0's answer. What it refuses is a Refusal."""
+    def prepare(self, words: list[str], folder: str) -> None:
+        """What rank 0 refuses is a Refusal."""
         variables = environments(self.places, ray.get(self.actors[0].free_port.remote()))
         ours = forwarded(os.environ)
-        started = [
-            actor.start.remote(words, {**own, **ours}, log, folder)
-            for actor, own, log in zip(self.actors, variables, self.logs, strict=True)
-        ]
-        return self._all(started)[0]
+        self._all(
+            [
+                actor.prepare.remote(words, {**own, **ours}, log, folder)
+                for actor, own, log in zip(self.actors, variables, self.logs, strict=True)
+            ]
+        )
 
     def __getattr__(self, method: str):
         """Call a method of every rank; rank 0's answer."""
@@ -199,14 +225,16 @@ class TransformersEngines:
         self.finished: deque[Response] = deque()
         self.sampling = Sampling()
 
-    def start(self, folder: Path, scale_fmt: str) -> ray.ObjectRef:
-        """Begin to start; `precision` waits for it."""
+    def start(self, folder: Path, scale_fmt: str, seed: int) -> None:
+        """Begin to start; `wait` waits. Its random numbers come with the requests."""
         environment = {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
         self.started = self.actor.start.remote(str(folder.resolve()), scale_fmt, environment, self.log)
 
-    @property
-    def precision(self) -> str:
-        return self._get(self.started)
+    def wait(self) -> None:
+        self.precision = self._get(self.started)
+
+    def connect(self, trainers: Trainers) -> None:
+        """Weights come through Ray."""
 
     def update(self, trainers: Trainers) -> None:
         """Take the trainers' weights."""
@@ -250,3 +278,132 @@ class TransformersEngines:
             if isinstance(getattr(error, "cause", None), ValueError):
                 raise Refusal(str(error.cause)) from None
             raise lost("the engine", self.log, error) from None
+
+
+class SGLangEngines:
+    """SGLang servers, one actor each: on the trainers' GPUs in turns with them, or on GPUs of their own."""
+
+    def __init__(self, args: Namespace, trainers: Trainers, group: PlacementGroup, logs: Path) -> None:
+        from infir2 import sglang_engine
+
+        self.colocate, self.gpus = args.colocate, args.rollout_num_gpus_per_engine
+        self.flags = shlex.split(args.sglang_arguments)
+        self.flags += ["--mem-fraction-static", str(args.sglang_mem_fraction_static)]
+        server = ray.remote(sglang_engine.Server)
+        if self.colocate:
+            self.ranks = shared_gpus(trainers.places, self.gpus)
+            nodes = sorted({place.node for place in trainers.places})  # only to count them
+            options = [{"num_cpus": 0, **on_same_node(trainers.places[ranks[0]])} for ranks in self.ranks]
+            self.devices = [[trainers.places[rank].gpu for rank in ranks] for ranks in self.ranks]
+            self.hosts = [trainers.places[ranks[0]].ip if len(nodes) > 1 else "127.0.0.1" for ranks in self.ranks]
+        else:
+            count, rest = divmod(args.rollout_num_gpus or 0, self.gpus)
+            if not count or rest:
+                raise Refusal(
+                    f"--rollout-num-gpus {args.rollout_num_gpus} is no multiple of --rollout-num-gpus-per-engine "
+                    f"{self.gpus}; without --colocate the engines need GPUs of their own"
+                )
+            self.own = placement_group([{"GPU": self.gpus}] * count, strategy="PACK")
+            if not self.own.wait(max(5, int(args.wait_seconds))):
+                raise Refusal(f"{args.rollout_num_gpus} GPUs for engines are not free beside the trainers'")
+            options = [{"num_cpus": 0, "num_gpus": self.gpus, **on_node(self.own, i)} for i in range(count)]
+            self.ranks = [()] * count
+        self.actors = [server.options(**option).remote() for option in options]
+        if not self.colocate:
+            places = call(self.actors, "place")
+            self.devices = [place.gpu.split(",") for place in places]
+            self.hosts = [place.ip for place in places]
+        self.logs = [str(logs / f"engine-{number}.log") for number in range(len(self.actors))]
+        self.client = None
+
+    def start(self, folder: Path, scale_fmt: str, seed: int) -> None:
+        """Begin to start; `wait` waits."""
+        from infir2.rl_arguments import engine_precision
+
+        self.precision, self.folder = engine_precision(folder, scale_fmt), folder.resolve()
+        self.started = [
+            actor.launch.remote(
+                str(self.folder), gpus, log, host=host, seed=seed + number, colocate=self.colocate, flags=self.flags
+            )
+            for number, (actor, gpus, log, host) in enumerate(
+                zip(self.actors, self.devices, self.logs, self.hosts, strict=True)
+            )
+        ]
+
+    def wait(self) -> None:
+        """Until every engine has generated a token; colocated ones then give their memory back."""
+        from infir2.sglang_engine import Client, stop_tokens
+
+        self.urls = self._all(self.started)
+        self.client = Client(self.urls, sorted(stop_tokens(self.folder)))
+        self.make_room()
+
+    def connect(self, trainers: Trainers) -> None:
+        from infir2.sglang_weights import Engine
+
+        trainers.connect([Engine(url, self.gpus, ranks) for url, ranks in zip(self.urls, self.ranks, strict=True)])
+
+    def make_room(self) -> None:
+        """Give the GPUs' memory to the trainers."""
+        self._each("release" if self.colocate else "flush")
+
+    def update(self, trainers: Trainers) -> None:
+        """Take the trainers' weights. Colocated, the engines have no memory before, and can generate afterwards."""
+        if self.colocate:
+            trainers.free_cache()
+            self._each("resume_weights")
+        self.sent = trainers.send(self.precision == "fp8", True)
+        self._each("resume_kv" if self.colocate else "flush")
+
+    def check(self, trainers: Trainers) -> None:
+        """EngineError unless every tensor of every engine is the trainers', bit for bit."""
+        from infir2.sglang_weights import compare
+
+        for held in self._all([actor.weights.remote(True) for actor in self.actors]):
+            compare(self.sent.digests, held)
+
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        self.client.submit(requests, sampling)
+
+    def next(self) -> Response:
+        return self.client.next()
+
+    def abort(self) -> list[Response]:
+        return self.client.abort()
+
+    def close(self) -> None:
+        if self.client is not None:
+            self.client.close()
+        for actor in self.actors:
+            ray.kill(actor)
+        if not self.colocate:
+            ray.util.remove_placement_group(self.own)
+
+    def _each(self, method: str) -> list:
+        return self._all([getattr(actor, method).remote() for actor in self.actors])
+
+    def _all(self, references: list) -> list:
+        for number, reference in enumerate(references):
+            try:
+                ray.get(reference)
+            except RayActorError as error:
+                raise lost(f"engine {number}", self.logs[number], error) from None
+            except RayTaskError as error:
+                raise Lost(f"engine {number}: {error.cause}") from None
+        return ray.get(references)
+
+
+def shared_gpus(places: Sequence[Place], per_engine: int) -> list[tuple[int, ...]]:
+    """Which trainer ranks share each engine's GPUs: the ranks of a node, in order, `per_engine` at a time. A Refusal
+    where they do not come out."""
+    engines = []
+    for node in dict.fromkeys(place.node for place in places):
+        ranks = [rank for rank, place in enumerate(places) if place.node == node]
+        if len(ranks) % per_engine:
+            raise Refusal(f"a node's {len(ranks)} trainers are no multiple of {per_engine} GPUs an engine")
+        engines += [tuple(ranks[i : i + per_engine]) for i in range(0, len(ranks), per_engine)]
+    return engines
+
+
+def on_same_node(place: Place) -> dict[str, Any]:
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(place.node, soft=False)}

@@ -71,6 +71,7 @@ def add_cluster_arguments(parser: ArgumentParser) -> None:
     add("--colocate", action="store_true", help="engines on the trainers' GPUs, in turns with them")
     add("--rollout-num-gpus", type=int, help="GPUs of engines that are apart from the trainers")
     add("--rollout-num-gpus-per-engine", type=int, default=1)
+    add("--engine-seed", type=int, default=1236, help="of SGLang's random numbers; they do not repeat even so")
     add("--sglang-mem-fraction-static", type=float, default=0.7)
     add("--sglang-arguments", default="", help="more flags for SGLang's server, in one word")
     add("--wait-seconds", type=float, default=30, help="for nodes to join and GPUs to be free")

@@ -27,10 +27,11 @@ def keep_up_to(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
+    with path.open(encoding="utf-8", newline="\n") as file:  # splitlines() also cuts at characters that JSON keeps
+        for line in file:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)

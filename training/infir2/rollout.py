@@ -8,6 +8,7 @@ each token with the policy that sampled it. Counts of everything are in `Collect
 An engine is what has the three methods of `Engine`.
 """
 
+import itertools
 import json
 import logging
 from collections import Counter, deque
@@ -19,8 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from infir2 import grpo, rewards
-from infir2.data.chat import BadMessages, ChatTokenizer, check_messages
-from infir2.data.prompts import label_text
+from infir2.data.chat import BadMessages, ChatTokenizer, check_messages, label_text
 from infir2.data.samples import epoch_order
 from infir2.indexed import DataError
 
@@ -82,7 +82,7 @@ class Engine(Protocol):
 class Prompts:
     """Prompts with labels (`tools/prepare_data.py rl`), rendered by a model's chat template and tokenised.
 
-    A record holds `input_key`, a string or a list of messages, and `label_key`. Refuses (DataError) a record without
+    A record holds `input_key`, a string or a list of messages (or a conversation, `messages`), and `label_key`. Refuses (DataError) a record without
     them, an empty prompt, and prompts longer than `longest` tokens: data is cleaned before training, not during it.
     """
 
@@ -92,7 +92,8 @@ class Prompts:
         if not path.is_file():
             raise DataError(f"{path} does not exist; give a .jsonl file that tools/prepare_data.py rl wrote")
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines()[:limit]
+        with path.open(encoding="utf-8", newline="\n") as file:  # splitlines() also cuts at characters that JSON keeps
+            lines = list(itertools.islice(file, limit))
         if not lines:
             raise DataError(f"{path} holds no prompts")
         self.labels: list[str] = []
@@ -114,6 +115,8 @@ class Prompts:
     def _record(self, number: int, line: str, input_key: str, label_key: str) -> tuple[list[dict], str]:
         try:
             record = json.loads(line)
+            if input_key not in record and "messages" in record:  # a conversation: what stands before its answer
+                record[input_key] = list(itertools.takewhile(lambda m: m["role"] != "assistant", record["messages"]))
             prompt = record[input_key]
             messages = check_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
             return messages, label_text(record[label_key])
@@ -367,8 +370,12 @@ def evaluate(
     ordered = [found[request.id] for request in requests]
     questions = [messages[-1]["content"] for messages in prompts.messages for _ in range(samples)]
     labels = [label for label in prompts.labels for _ in range(samples)]
-    answers = (decode(response.tokens) for response in ordered)
-    scored = score([rewards.Sample(*sample) for sample in zip(questions, answers, labels, strict=True)])
+    scored = score(
+        [
+            rewards.Sample(question, decode(response.tokens), label, truncated=response.finish == "length")
+            for question, response, label in zip(questions, ordered, labels, strict=True)
+        ]
+    )
     values = [float(result.reward) for result in scored]
     return {
         "mean": float(np.mean(values)),

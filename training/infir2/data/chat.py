@@ -83,6 +83,16 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
     return {key: part for key, part in message.items() if part is not None}
 
 
+def label_text(value: Any) -> str:
+    """A label as a string. Raises BadMessages for what is neither a string nor a number, and for an empty one."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadMessages("no label", f"the label is a {type(value).__name__}, not a string or a number")
+    text = str(value).strip()
+    if not text:
+        raise BadMessages("no label", "the label is empty")
+    return text
+
+
 @dataclass(frozen=True)
 class Rendering:
     """Text of a conversation, in which `shield` breaks up special tokens that are not the template's, and the spans of

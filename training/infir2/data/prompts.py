@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infir2.data import pipeline
-from infir2.data.chat import BadMessages, ChatTokenizer, Messages, Rendering, check_messages
+from infir2.data.chat import BadMessages, ChatTokenizer, Messages, Rendering, check_messages, label_text
 from infir2.data.pipeline import (
     Converted,
     Outcome,
@@ -42,16 +42,6 @@ WRAPPING = re.compile(r"\\boxed|\\[()\[\]]|[${}\s]")
 WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{3}")  # three letters that are no LaTeX command
 # math-verify reads "10 000" as 10 times 0, "1 2" as 3, "1e5" as 5e, "3..4" as 3.
 MISREAD = re.compile(r"\d\s+\d|\d[eE][-+]?\d|\.\.|\n")
-
-
-def label_text(value: Any) -> str:
-    """A label as a string. Raises BadMessages for what is neither a string nor a number, and for an empty one."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadMessages("no label", f"the label is a {type(value).__name__}, not a string or a number")
-    text = str(value).strip()
-    if not text:
-        raise BadMessages("no label", "the label is empty")
-    return text
 
 
 def is_mathematics(label: str) -> bool:
