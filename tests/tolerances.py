@@ -16,3 +16,13 @@ BF16_OUTPUT = 2**-8
 
 # The same tokens in other packs and micro-batches, FP32: sums of losses in another order.
 FP32_PACKING = 1e-6
+
+# Linear cross entropy in FP32 against FP64: sums of at most a few hundred products, relative to the largest element.
+FP32_LINEAR_CROSS_ENTROPY = 1e-5
+
+# Log-probabilities in FP32 from given logits against FP64: sums of exponentials, then a difference of numbers below 50.
+FP32_LOGPROBS = 1e-5
+
+# Mean error of a BF16 model's log-probabilities: its logits, which reach 8, are rounded at 2^-9 of themselves, and so is
+# each activation on the way.
+BF16_LOGPROBS = 0.02

@@ -40,6 +40,10 @@ CPU_ARGUMENTS = (
 )
 
 
+APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
+FUSED_WEIGHT_GRADIENT = "--fused-weight-gradient"
+
+
 def name() -> str:
     """ "gpu" or "cpu": what `INFIR2_BACKEND` says, else whether torch sees a CUDA device."""
     chosen = os.environ.get("INFIR2_BACKEND", "")
@@ -54,8 +58,12 @@ def arguments(kind: str) -> tuple[str, ...]:
     """Flags that this machine needs, to be added to the command line."""
     if kind == "cpu":
         return CPU_ARGUMENTS
-    fused = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")  # apex's extension
-    return () if fused else ("--no-gradient-accumulation-fusion",)
+    return () if _fuses_weight_gradients() else ("--no-gradient-accumulation-fusion",)
+
+
+def _fuses_weight_gradients() -> bool:
+    """Whether gradients are added up by the GEMMs that compute them: by apex where it is, else as the flag says."""
+    return importlib.util.find_spec(APEX_EXTENSION) is not None or FUSED_WEIGHT_GRADIENT in sys.argv
 
 
 def install() -> str:
@@ -63,8 +71,20 @@ def install() -> str:
     kind = name()
     if kind == "cpu":
         _install_cpu()
+    elif FUSED_WEIGHT_GRADIENT in sys.argv:
+        _stand_in_for_apex()
     _patch(MEGATRON)
     return kind
+
+
+def _stand_in_for_apex() -> None:
+    """Give Megatron `infir2.weight_gradient` where apex's extension is not installed: it would refuse
+    --gradient-accumulation-fusion, its default, without it."""
+    if APEX_EXTENSION in sys.modules or importlib.util.find_spec(APEX_EXTENSION):
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("megatron was imported before infir2.backend.install(); call install() first")
+    sys.modules[APEX_EXTENSION] = importlib.import_module("infir2.weight_gradient")
 
 
 @functools.cache

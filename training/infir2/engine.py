@@ -66,6 +66,17 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         default=False,
         help="compute the output layer and the loss together, in chunks of tokens, without holding all the logits",
     )
+    group.add_argument(
+        "--fused-qkv-rope",
+        action=BooleanOptionalAction,
+        default=False,
+        help="rotate q and k in the output of the qkv layer, without splitting it first (GPU; not for packed samples)",
+    )
+    group.add_argument(
+        backend.FUSED_WEIGHT_GRADIENT,
+        action="store_true",
+        help="add weight gradients to the FP32 ones in the GEMMs that compute them, without apex (GPU; infir2.backend)",
+    )
     stage.add_arguments(group)
     return parser
 
@@ -139,6 +150,7 @@ def model_config(args: Namespace, kind: str, scale_fmt: str) -> tuple[Any, Any]:
     from infir2.proof import Fp8Proof
 
     model = gpt_config_from_args(args)
+    model.transformer.fused_single_qkv_rope = args.fused_qkv_rope  # Megatron has no flag for it
     proof = Fp8Proof(args, kind, scale_fmt)
     model.post_wrap_hooks.append(proof.attach)
     if kind == "cpu":

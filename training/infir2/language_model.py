@@ -17,6 +17,8 @@ from megatron.training import get_args, get_tensorboard_writer, get_timers, prin
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from infir2 import linear_cross_entropy
+
 BATCH = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 
 
@@ -123,8 +125,17 @@ def forward_step(data_iterator, model):
     timers("batch-generator", log_level=2).start()
     tokens, position_ids, attention_mask, labels, loss_mask = get_batch(data_iterator, getattr(model, "vp_stage", None))
     timers("batch-generator").stop()
-    losses = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
-    return losses, partial(loss_sum, loss_mask)
+    return run_model(
+        model, loss_mask, input_ids=tokens, position_ids=position_ids, attention_mask=attention_mask, labels=labels
+    )
+
+
+def run_model(model, loss_mask: Tensor | None, **inputs):
+    """The model's output and the function that Megatron's schedules call for its loss."""
+    if get_args().fused_linear_cross_entropy:
+        total = model(**inputs, loss_mask=loss_mask, output_processor=linear_cross_entropy.output_processor)
+        return total, partial(checked, loss_mask)
+    return model(**inputs, loss_mask=loss_mask), partial(loss_sum, loss_mask)
 
 
 @functools.lru_cache(maxsize=1)
@@ -136,10 +147,13 @@ def flush_tensorboard(iteration: int) -> None:
 
 
 def loss_sum(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the trained tokens' losses in nats, their number, and both for the log. NaN and Inf end the run."""
-    mask = loss_mask.view(-1).float()
-    loss = (losses.view(-1).float() * mask).sum()
-    tokens = mask.sum().to(torch.int)
+    """Sum of the trained tokens' losses in nats, their number, and both for the log."""
+    return checked(loss_mask, (losses.view(-1).float() * loss_mask.view(-1).float()).sum())
+
+
+def checked(loss_mask: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """As `loss_sum`, given the sum. NaN and Inf end the run."""
+    tokens = loss_mask.sum(dtype=torch.float32).to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
         for rejected in (torch.isnan, torch.isinf):
             get_rerun_state_machine().validate_result(

@@ -1,7 +1,6 @@
 """The step of fine-tuning: one packed micro-batch through the model, loss and greedy answers. Needs Megatron."""
 
 import time
-from functools import partial
 
 import torch
 from megatron.core import mpu
@@ -10,7 +9,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_timers, prin
 from torch import Tensor
 
 from infir2 import packing
-from infir2.language_model import flush_tensorboard, loss_sum
+from infir2.language_model import flush_tensorboard, run_model
 
 
 def to_device(batch: packing.Pack) -> tuple[dict[str, Tensor], Tensor, PackedSeqParams]:
@@ -82,8 +81,7 @@ def forward_step(data_iterator, model):
     if model.training:
         _meter.add(args.curr_iteration, batch, time.perf_counter() - started)
     timers("batch-generator").stop()
-    losses = model(**arguments, packed_seq_params=packed)
-    return losses, partial(loss_sum, mask)
+    return run_model(model, mask, **arguments, packed_seq_params=packed)
 
 
 def exact_match(model, batches) -> tuple[int, int] | None:

@@ -48,6 +48,13 @@ PRECISIONS = {
             *("--te-precision-config-file", str(MLP_ONLY)),
         ),
     ),
+    "fp8-ffn": Precision(
+        "as fp8, but attention projections in BF16",
+        (
+            *("--bf16", "--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
+            *("--te-precision-config-file", str(MLP_ONLY)),
+        ),
+    ),
 }
 
 

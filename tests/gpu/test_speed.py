@@ -1,0 +1,132 @@
+"""The parts that make a step faster, on one Hopper GPU: the same values as the plain ones, and what they take.
+
+python -m pytest -o addopts= -s tests/gpu/test_speed.py
+"""
+
+import json
+
+import pytest
+import torch
+from tolerances import BF16_OUTPUT, FP32_LINEAR_CROSS_ENTROPY
+
+from infir2 import linear_cross_entropy, weight_gradient
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")
+VOCABULARY, WIDTH = 151936, 1536  # Qwen2.5-1.5B's head
+
+
+def problem(tokens: int, vocabulary: int, width: int):
+    """x, weight, target, token weight in BF16, of the sizes a trained model has: logits of about 3."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    x = torch.randn(tokens, width, generator=generator, device="cuda").bfloat16()
+    weight = (torch.randn(vocabulary, width, generator=generator, device="cuda") * 3 / width**0.5).bfloat16()
+    target = torch.randint(vocabulary, (tokens,), generator=generator, device="cuda")
+    return x, weight, target, (torch.rand(tokens, generator=generator, device="cuda") < 0.8).float()
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def milliseconds(function) -> float:
+    """Median of ten calls after three."""
+    times = []
+    for number in range(13):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        if number >= 3:
+            times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+@pytest.mark.parametrize("columns", [1000, 8192, VOCABULARY])
+@pytest.mark.parametrize("first", [0, -500])
+def test_kernels(columns, first):
+    """The Triton kernels against plain torch; targets outside of this rank's columns; both ways of being called."""
+    from infir2 import cross_entropy_kernels as kernels
+
+    reference = linear_cross_entropy._TorchRows
+    generator = torch.Generator(device="cuda").manual_seed(columns)
+    logits = (torch.randn(300, columns, generator=generator, device="cuda") * 4).bfloat16()
+    target = torch.randint(first, columns + first, (300,), generator=generator, device="cuda")
+    token_weight = torch.rand(300, generator=generator, device="cuda").round()
+    ours, theirs = logits.clone(), logits.clone()
+    for found, wanted in zip(
+        kernels.statistics(ours, target, token_weight), reference.statistics(theirs, target, token_weight), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=FP32_LINEAR_CROSS_ENTROPY, atol=FP32_LINEAR_CROSS_ENTROPY)
+    assert error(ours, theirs) < BF16_OUTPUT
+    apart = logits.clone()
+    maximum, total, _ = kernels.statistics(apart, target)
+    assert torch.equal(apart, logits)
+    kernels.gradient_(apart, target, token_weight, maximum + total.log())
+    assert error(apart, theirs) < BF16_OUTPUT
+
+
+def plain(x, weight, target, token_weight):
+    losses = torch.nn.functional.cross_entropy(
+        (x @ weight.t()).to(torch.promote_types(x.dtype, torch.float32)), target, reduction="none"
+    )
+    loss = (losses * token_weight).sum()
+    loss.backward()
+    return loss.detach(), x.grad, weight.grad
+
+
+def test_linear_cross_entropy(monkeypatch):
+    """Loss and gradients against FP64, in several chunks: no further from it than the plain path in BF16."""
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_ELEMENTS", 384 * VOCABULARY)
+    inputs = problem(1000, VOCABULARY, WIDTH)
+    leaves = [
+        [t.detach().to(dtype).requires_grad_() for t in inputs[:2]]
+        for dtype in (torch.float64, torch.bfloat16, torch.bfloat16)
+    ]
+    exact = plain(*leaves[0], *inputs[2:])
+    in_bf16 = plain(*leaves[1], *inputs[2:])
+    x, weight = leaves[2]
+    loss = linear_cross_entropy.linear_cross_entropy(x, weight, *inputs[2:])
+    loss.backward()
+    for name, found, control, wanted in zip(
+        ("loss", "dx", "dW"), (loss.detach(), x.grad, weight.grad), in_bf16, exact, strict=True
+    ):
+        print(json.dumps({"what": name, "error": error(found, wanted), "plain path's": error(control, wanted)}))
+        assert error(found, wanted) < max(1.1 * error(control, wanted), FP32_LINEAR_CROSS_ENTROPY)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_accumulate(overwrite):
+    """The weight gradient of two micro-batches in FP32: TransformerEngine's GEMM adds to what is there."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    x, g = (torch.randn(2048, size, generator=generator, device="cuda").bfloat16() for size in (1536, 896))
+    main_grad = torch.randn(896, 1536, generator=generator, device="cuda") * 100
+    wanted = (0 if overwrite else main_grad.double()) + g.double().t() @ x.double()
+    weight_gradient.accumulate(main_grad, g, x, overwrite=overwrite)
+    assert error(main_grad, wanted) < FP32_LINEAR_CROSS_ENTROPY
+
+
+def test_time_and_memory_of_the_head():
+    """16,384 tokens forward and backward, beside the head's three GEMMs alone: prints both."""
+    x, weight, target, token_weight = problem(16384, VOCABULARY, WIDTH)
+    x, weight = x.requires_grad_(), torch.nn.Parameter(weight)
+    weight.main_grad = torch.zeros(weight.shape, device="cuda")
+    weight.zero_out_wgrad = True
+
+    def step():
+        (linear_cross_entropy.linear_cross_entropy(x, weight, target, token_weight) * 1e-4).backward()
+
+    def gemms():
+        for rows in x.detach().split(3328):
+            logits = rows @ weight.detach().t()
+            logits @ weight.detach()
+            weight_gradient.accumulate(weight.main_grad, logits, rows)
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    peak = torch.cuda.max_memory_allocated() - before
+    found = {"ms": milliseconds(step), "its GEMMs alone, ms": milliseconds(gemms), "extra peak GB": peak / 1e9}
+    print(json.dumps(found | {"logits in BF16, GB": 16384 * VOCABULARY * 2 / 1e9}))
+    assert peak < 16384 * VOCABULARY * 2

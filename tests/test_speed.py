@@ -1,0 +1,162 @@
+"""The parts that make a step faster compute what the plain ones do."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import BF16_OUTPUT, FP32_LAYOUTS, FP32_LINEAR_CROSS_ENTROPY
+from trainer import losses, tensors, train
+
+from infir2 import linear_cross_entropy, weight_gradient
+
+
+def problem(tokens: int, vocabulary: int, width: int, seed: int, dtype=torch.float32):
+    """x, weight, target, token weight; half of the tokens are not trained."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=generator).to(dtype)
+    weight = torch.randn(vocabulary, width, generator=generator).to(dtype)
+    target = torch.randint(vocabulary, (tokens,), generator=generator)
+    return x, weight, target, (torch.rand(tokens, generator=generator) < 0.5).float()
+
+
+def plain(x, weight, target, token_weight, factor: float):
+    """Loss and gradients of x and weight by FP64 autograd."""
+    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    losses = torch.nn.functional.cross_entropy(x @ weight.t(), target, reduction="none")
+    loss = (losses * token_weight).sum() * factor
+    loss.backward()
+    return loss.detach(), x.grad, weight.grad
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference, relative to the largest element."""
+    return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 300),
+    vocabulary=st.integers(2, 70),
+    width=st.integers(1, 9),
+    elements=st.sampled_from([1, 2000, 10**6]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_linear_cross_entropy(tokens, vocabulary, width, elements, dtype, seed):
+    """Value and gradients against FP64, however the tokens fall into chunks.
+
+    Pins: a last chunk that is smaller, a chunk that overwrites the earlier ones' weight gradient, untrained tokens.
+    """
+    inputs = problem(tokens, vocabulary, width, seed, dtype)
+    x, weight = (t.requires_grad_() for t in inputs[:2])
+    before, linear_cross_entropy.CHUNK_ELEMENTS_CPU = linear_cross_entropy.CHUNK_ELEMENTS_CPU, elements
+    try:
+        loss = linear_cross_entropy.linear_cross_entropy(*inputs) * 0.37
+    finally:
+        linear_cross_entropy.CHUNK_ELEMENTS_CPU = before
+    loss.backward()
+    wanted = plain(*inputs, 0.37)
+    # In BF16 the logits are rounded (2^-9 of up to about 10), and then their gradients and those of x and the weight.
+    tolerance = FP32_LINEAR_CROSS_ENTROPY if dtype == torch.float32 else 16 * BF16_OUTPUT
+    for found, reference in zip((loss.detach(), x.grad, weight.grad), wanted, strict=True):
+        assert error(found, reference) < tolerance or reference.abs().max() < 1e-4
+
+
+def test_gradient_goes_to_the_main_gradient():
+    """Added to what is there, scaled by what the loss is multiplied with; Megatron's hooks are told.
+
+    Pins: the gradients of a step's earlier micro-batches overwritten, a tied weight's gradient added twice.
+    """
+    x, weight, target, token_weight = problem(200, 50, 8, 0)
+    x, weight = torch.nn.Parameter(x), torch.nn.Parameter(weight)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.full_like(weight.data, 3.0), False
+    for tied in (False, True):
+        weight.zero_out_wgrad = tied
+        weight.main_grad.fill_(3)
+        x.grad = weight.grad = None
+        (linear_cross_entropy.linear_cross_entropy(x, weight, target, token_weight) * 0.25).backward()
+        _, dx, dw = plain(x, weight, target, token_weight, 0.25)
+        assert error(weight.main_grad - 3, dw) < FP32_LINEAR_CROSS_ENTROPY
+        assert error(x.grad, dx) < FP32_LINEAR_CROSS_ENTROPY
+        assert weight.grad_added_to_main_grad
+        assert (weight.grad is None) == tied
+
+
+def test_evaluation_computes_no_gradient(monkeypatch):
+    """Pins: validation at the price of training."""
+    monkeypatch.setattr(weight_gradient, "accumulate", None)
+    inputs = problem(100, 30, 4, 1)
+    wanted, _, _ = plain(*inputs, 1)
+    inputs[1].requires_grad_()
+    with torch.no_grad():
+        found = linear_cross_entropy.linear_cross_entropy(*inputs)
+    assert error(found, wanted) < FP32_LINEAR_CROSS_ENTROPY
+
+
+def test_accumulate():
+    """The stand-in for apex's extension adds to what is there; `overwrite` does not."""
+    random = torch.Generator().manual_seed(0)
+    g, x, main_grad = (torch.randn(size, generator=random) for size in ((64, 5), (64, 7), (5, 7)))
+    product = g.double().t() @ x.double()
+    wanted = main_grad.double() + product
+    weight_gradient.wgrad_gemm_accum_fp32(x, g, main_grad)
+    assert error(main_grad, wanted) < FP32_LINEAR_CROSS_ENTROPY
+    main_grad.fill_(float("nan"))
+    weight_gradient.accumulate(main_grad, g, x, overwrite=True)
+    assert error(main_grad, product) < FP32_LINEAR_CROSS_ENTROPY
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_training(tied, run_flags, tmp_path):
+    """The losses and the weights of a run: plain on one rank, fused on two with tensor and sequence parallelism.
+
+    Pins: a rank's part of the vocabulary taken for the whole, gradients of the hidden states of one rank only.
+    """
+    shared = ["--train-iters", "6", *([] if tied else ["--untie-embeddings-and-output-weights"])]
+    parallel = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--fused-linear-cross-entropy"]
+    for name, ranks, flags in (("plain", 1, []), ("fused", 2, parallel)):
+        run = tmp_path / name
+        train(run_flags(run, *shared, *flags), run.with_suffix(".log"), ranks)
+    first, second = (np.array(list(losses(tmp_path / name).values())) for name in ("plain", "fused"))
+    np.testing.assert_allclose(first, second, rtol=FP32_LAYOUTS)
+    before, after = (tensors(tmp_path / name / "checkpoints") for name in ("plain", "fused"))
+    name = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+    torch.testing.assert_close(before[name], after[name], rtol=0, atol=FP32_LAYOUTS)
+
+
+def kernels_in_triton_s_interpreter() -> str:
+    """What infir2.cross_entropy_kernels and its reference differ by, on the CPU, in a program of its own."""
+    program = """if True:
+        import itertools, torch
+        from infir2 import cross_entropy_kernels as kernels, linear_cross_entropy
+        kernels._BLOCK, reference = 64, linear_cross_entropy._TorchRows
+        generator = torch.Generator().manual_seed(0)
+        for columns, dtype in itertools.product((50, 64, 200), (torch.float32, torch.bfloat16)):
+            logits = (torch.randn(9, columns, generator=generator) * 4).to(dtype)
+            target = torch.randint(-20, columns + 20, (9,), generator=generator)
+            weight = torch.rand(9, generator=generator)
+            ours, theirs, apart = (logits.clone() for _ in range(3))
+            wanted = reference.statistics(theirs, target, weight)
+            torch.testing.assert_close(kernels.statistics(ours, target, weight), wanted)
+            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(kernels.statistics(apart, target), wanted)
+            assert torch.equal(apart, logits)
+            kernels.gradient_(apart, target, weight, wanted[0] + wanted[1].log())
+            torch.testing.assert_close(apart, theirs)
+        print("equal")
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    return done.stdout + done.stderr
+
+
+def test_kernels():
+    """The Triton kernels, interpreted on the CPU, against plain torch: targets outside of a rank's columns, a last
+    block that is not full. Pins: arithmetic of the kernels that only a GPU would show."""
+    pytest.importorskip("triton")
+    assert kernels_in_triton_s_interpreter() == "equal\n"
