@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=aime25
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --time=1-00:00:00
+# AIME 2025: 30 problems, 32 answers to each. The score is the mean over all answers.
+#
+#   export DATASET_LOCAL=data/benchmarks MODEL_PATH=models/InfiR2-7B-FP8
+#   bash scripts/eval/aime25_eval.sh         # on this machine
+#   sbatch scripts/eval/aime25_eval.sh       # from the repository root
+set -euo pipefail
+# Slurm runs a copy of this file, so the library is not found beside it
+source "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}/scripts/lib/eval.sh"
+
+BENCHMARK=aime25 DATASET=aime25
+SAMPLES=32 MAX_TOKENS=31000 TEMPERATURE=0.65 TOP_P=0.95 # 30 x 32 = 960 answers
+SYSTEM_PROMPT='Please reason step by step, and put your final answer within \boxed{}.' # the recipe's
+PROMPT_TEMPLATE='{question}'
+
+run_eval "$@"

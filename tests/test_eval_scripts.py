@@ -1,0 +1,113 @@
+"""The evaluation scripts: their exact commands and tasks, what they refuse, how a Slurm array shares the work.
+
+`python tests/test_eval_scripts.py` rewrites tests/golden/eval; read the diff.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests/golden/eval"
+SCRIPTS = ["aime24_eval", "aime25_eval", "gpqa_eval", "livecodebenchv5_eval"]
+SETTINGS = {
+    "DRY_RUN": "1",
+    "PYTHON": sys.executable,
+    "INFIR2_BACKEND": "gpu",
+    "DATASET_LOCAL": "/data",
+    "MODEL_PATH": "/models/FP8",
+    "OUTPUT": "/out",
+}
+
+
+def run(script: str, *flags: str, **more: str) -> subprocess.CompletedProcess:
+    keep = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    command = ["bash", f"scripts/eval/{script}.sh", *flags]
+    environment = {**keep, **SETTINGS, **more}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def printed(script: str, *flags: str, **more: str) -> str:
+    """The commands and evalscope's task, with this machine's folders taken out."""
+    done = run(script, *flags, **more)
+    assert done.returncode == 0, done.stderr
+    for folder, name in {sys.executable: "python", f"{Path(sys.executable).parent}/": "", str(ROOT): "REPO"}.items():
+        done.stdout = done.stdout.replace(folder, name)
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_and_task(script):
+    """They are the golden ones, word for word. Pins: a change to the recipe's numbers or prompts that nobody saw."""
+    assert printed(script) == (GOLDEN / script).read_text()
+
+
+def test_recipe():
+    """Pins golden files that were rewritten with other numbers."""
+    numbers = {"aime24": (31000, 32), "aime25": (31000, 32), "gpqa": (26000, 8), "livecodebenchv5": (27000, 8)}
+    for benchmark, (tokens, samples) in numbers.items():
+        task = printed(f"{benchmark}_eval")
+        for key, value in (("max_tokens", tokens), ("repeats", samples), ("temperature", 0.65), ("top_p", 0.95)):
+            assert f'"{key}": {value}' in task
+
+
+def test_settings_and_flags():
+    """TP, SGLANG_ARGS, NAME and TRAINED_ON arrive; flags of the user win."""
+    more = {"TP": "4", "SGLANG_ARGS": "--attention-backend triton", "NAME": "mine", "TRAINED_ON": "/a:/b c"}
+    text = printed("aime24_eval", "--samples", "3", MARK_OVERLAP="1", **more)
+    assert "--tp-size 4 --attention-backend triton\n" in text
+    assert '"repeats": 3' in text
+    assert "--trained-on mine=/a --trained-on 'mine=/b c' --mark-overlap --output /out/aime24/mine/report" in text
+
+
+def test_a_running_server_is_used():
+    text = printed("gpqa_eval", API_URL="http://host:1/v1", INFIR2_BACKEND="")
+    assert "sglang" not in text
+    assert "run_evalscope.py --ask --review /out/gpqa/FP8/task.json" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"DATASET_LOCAL": ""}, "set DATASET_LOCAL: folder that holds aime24/"),
+        ({"MODEL_PATH": ""}, "set MODEL_PATH: Hugging Face folder"),
+        ({"DRY_RUN": "0", "TP": "4", "PATH": "/usr/bin:/bin"}, "needs 4 GPUs on each node, found 0; set TP"),
+        ({"NAME": "a/b"}, "with a NAME that can be a folder's"),
+    ],
+)
+def test_refusals(more, text):
+    done = run("aime24_eval", **more)
+    assert done.returncode == 2
+    assert text in done.stderr
+
+
+def test_every_benchmark_of_every_checkpoint():
+    """By bash all of them, checkpoints side by side; trailing flags go to each."""
+    text = printed("all_eval", "FP8=/models/a", "BF16=/models/b c", "--samples", "3")
+    for script in SCRIPTS:
+        folder = f"/out/{script.removesuffix('_eval')}"
+        runs = f"--run FP8={folder}/FP8/evalscope --run BF16={folder}/BF16/evalscope --compare FP8 BF16"
+        assert f"{runs} --output {folder}/report" in text
+    assert text.count('"repeats": 3') == 8
+    assert "--model-path '/models/b c'" in text
+
+
+def test_array_covers_every_pair_once():
+    """Three elements from index 5 for eight pairs. Pins pairs that no element takes, or two."""
+    found, elements, first = [], 3, 5
+    for element in range(first, first + elements):
+        slurm = {"SLURM_ARRAY_TASK_ID": str(element), "SLURM_ARRAY_TASK_MIN": str(first)}
+        slurm |= {"SLURM_ARRAY_TASK_COUNT": str(elements), "SLURM_SUBMIT_DIR": str(ROOT)}
+        text = printed("all_eval", "one=/models/a", "two=/models/b", **slurm)
+        found += [line.split()[-1].removesuffix(":") for line in text.splitlines() if "run_evalscope.py --ask" in line]
+    names = [script.removesuffix("_eval") for script in SCRIPTS]
+    assert sorted(found) == sorted(f"/out/{name}/{model}/task.json" for name in names for model in ("one", "two"))
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name in SCRIPTS:
+        (GOLDEN / name).write_text(printed(name))
