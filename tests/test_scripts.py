@@ -18,11 +18,12 @@ REPO = Path(__file__).parents[1]
 GOLDEN = REPO / "tests/golden"
 SCRIPTS = sorted(path.stem for path in (REPO / "scripts/CPT").glob("*.sh"))
 SFT_SCRIPTS = sorted(path.stem for path in (REPO / "scripts/SFT").glob("InfiR2_*.sh"))
+RL_SCRIPTS = sorted(path.stem for path in (REPO / "scripts/RL").glob("InfiR2_*.sh"))
 
 
 def environment(script: str, **more: str) -> dict[str, str]:
-    model = next((name for name in ("7B", "1.5B") if name in script), "tiny")
-    model = model if model == "tiny" else f"Qwen2.5-{model}"
+    model = next((name for name in ("7B", "1.5B", "smollm2-135m") if name in script), "tiny")
+    model = f"Qwen2.5-{model}" if model.endswith("B") else model
     keep = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return {
         **keep,
@@ -124,13 +125,14 @@ def test_refusals(script, more, text):
     assert text in done.stderr
 
 
-# Supervised fine-tuning on Ray
+# Supervised fine-tuning and reinforcement learning on Ray
 
 
 def sft(script: str, *flags: str, **more: str) -> subprocess.CompletedProcess:
-    """An SFT script, or another file of scripts/SFT, under this interpreter. RAY_ADDRESS is local unless given."""
+    """A script of scripts/RL or a file of scripts/SFT, under this interpreter. RAY_ADDRESS is local unless given."""
     settings = {"PYTHON": sys.executable, "RAY_ADDRESS": "local", "DATA_DIR": "data/sft", **more}
-    command = ["bash", f"scripts/SFT/{script}.sh", *flags]
+    settings = {"RL_DATA": "data/rl.jsonl", "EVAL_DATA": "data/eval.jsonl"} | settings
+    command = ["bash", f"scripts/{'RL' if '_RL_' in script else 'SFT'}/{script}.sh", *flags]
     return subprocess.run(
         command, cwd=REPO, env=environment(script, **settings), capture_output=True, text=True, check=False
     )
@@ -147,18 +149,18 @@ def sft_argv(script: str, *flags: str, **more: str) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("script", SFT_SCRIPTS)
+@pytest.mark.parametrize("script", SFT_SCRIPTS + RL_SCRIPTS)
 def test_sft_command_line(script):
     """As `test_command_line`."""
     assert by_flag(sft_argv(script)) == (GOLDEN / "argv" / script).read_text()
 
 
-@pytest.mark.parametrize("fp8", [name for name in SFT_SCRIPTS if "FP8" in name])
+@pytest.mark.parametrize("fp8", [name for name in SFT_SCRIPTS + RL_SCRIPTS if "FP8" in name])
 def test_sft_twin_differs_in_precision_only(fp8):
     """As `test_twin_differs_in_precision_only`."""
     words = sft_argv(fp8)
     at = words.index("--fp8-format")
-    twin = [word.replace("SFT_BF16", "SFT_FP8") for word in sft_argv(fp8.replace("FP8", "BF16"))]
+    twin = [word.replace("_BF16_", "_FP8_") for word in sft_argv(fp8.replace("FP8", "BF16"))]
     assert twin == [*words[:at], *words[at + 4 :]]
 
 
@@ -184,6 +186,34 @@ def test_sft_job():
     assert settings["PYTHONPATH"].startswith("REPO/training")
     assert "HOME" not in settings
     assert words[words.index("--") + 1 :] == sft_argv("InfiR2_SFT_FP8_7B_stage1")
+
+
+def test_rl_engines_apart():
+    """With COLOCATE=0 the engines have GPUs of their own; the controller places trainers and engines itself, so its
+    flags are the program's. Pins: --colocate beside --rollout-num-gpus, weights gathered while engines ask for them."""
+    words = sft_argv("InfiR2_RL_FP8_7B_stage1_4node", "--actor-num-nodes", "2", COLOCATE="0", ROLLOUT_GPUS="8")
+    assert words[:3] == ["python", "-m", "infir2.rl"]
+    assert words[words.index("--actor-num-nodes") + 1] == "2"
+    assert words[words.index("--rollout-num-gpus") + 1] == "8"
+    assert "--colocate" not in words
+    assert "--overlap-param-gather" not in words
+    job = sft_argv("InfiR2_RL_FP8_7B_stage1_4node", RAY_ADDRESS="http://head:8265", SUBMISSION_ID="one")
+    assert job[job.index("--") + 1 :] == sft_argv("InfiR2_RL_FP8_7B_stage1_4node")
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"RL_DATA": ""}, "set RL_DATA: prompts: train.jsonl of a folder"),
+        ({"REF_LOAD": ""}, "set REF_LOAD: checkpoints of SFT stage 2"),
+        ({"COLOCATE": "0"}, "set ROLLOUT_GPUS: how many GPUs the engines have"),
+        ({"HF_CHECKPOINT": "tests/golden/configs/Qwen2.5-1.5B"}, "Qwen2.5-7B has 28 of 3584"),
+    ],
+)
+def test_rl_refusals(more, text):
+    done = sft("InfiR2_RL_FP8_7B_stage1_1node", **more)
+    assert done.returncode == 2
+    assert text in done.stderr
 
 
 def executable(path: Path, text: str) -> None:
@@ -270,7 +300,7 @@ def test_sft_refusals(more, text):
 
 
 if __name__ == "__main__":
-    for name in SFT_SCRIPTS:
+    for name in SFT_SCRIPTS + RL_SCRIPTS:
         (GOLDEN / "argv" / name).write_text(by_flag(sft_argv(name)))
     for name in SCRIPTS:
         (GOLDEN / "argv" / name).write_text(by_flag(argv(name)))

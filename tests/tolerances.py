@@ -23,6 +23,6 @@ FP32_LINEAR_CROSS_ENTROPY = 1e-5
 # Log-probabilities in FP32 from given logits against FP64: sums of exponentials, then a difference of numbers below 50.
 FP32_LOGPROBS = 1e-5
 
-# Mean error of a BF16 model's log-probabilities: its logits, which reach 8, are rounded at 2^-9 of themselves, and so is
-# each activation on the way.
+# Mean error of a BF16 model's log-probabilities: its logits, which reach 8, are rounded at 2^-9 of themselves, and so
+# is each activation on the way.
 BF16_LOGPROBS = 0.02

@@ -1,5 +1,6 @@
 """Imported once by the fork server of tests/trainer.py: every run then starts with Megatron already in memory."""
 
+import importlib
 import os
 import resource
 import signal
@@ -22,13 +23,13 @@ import torch._dynamo
 import torch.utils.tensorboard  # these two take 10 s, at the first optimizer and the first writer
 import transformers  # noqa: F401
 
-from infir2 import engine, language_model, layers, masters, packed_model, pretrain, proof, sft  # noqa: F401
+from infir2 import engine, language_model, layers, masters, packed_model, policy, pretrain, proof, sft  # noqa: F401
 
 
 def run_rank(argv: list[str], environment: dict[str, str], log: str) -> None:
     """What one rank does, in a process of its own: `python -m infir2.pretrain` with its output in `log`.
 
-    A first word that is no flag names another stage: "sft".
+    A first word that is no flag names another stage, "sft", or a module of tests/ whose `run` gets the other words.
     """
     os.setpgid(0, 0)  # a kill of the group takes helper processes too
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -42,5 +43,7 @@ def run_rank(argv: list[str], environment: dict[str, str], log: str) -> None:
     stage = pretrain.Pretraining()
     if argv[0] == "sft":
         argv, stage = argv[1:], sft.FineTuning()
+    elif not argv[0].startswith("-"):
+        return importlib.import_module(argv[0]).run(argv[1:])
     sys.argv = [stage.name, *argv]
     engine.main(stage)

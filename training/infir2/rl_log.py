@@ -46,7 +46,7 @@ class StepLog:
         self.samples_file = args.metrics_file.with_name("rollouts.jsonl")
         self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
         for path in (self.metrics_file, self.samples_file):
-            keep_up_to(path, step)
+            keep_up_to(path, step or -1)  # a run that begins anew evaluates step 0 anew too
 
     def __enter__(self) -> "StepLog":
         from torch.utils.tensorboard import SummaryWriter

@@ -82,8 +82,9 @@ class Engine(Protocol):
 class Prompts:
     """Prompts with labels (`tools/prepare_data.py rl`), rendered by a model's chat template and tokenised.
 
-    A record holds `input_key`, a string or a list of messages (or a conversation, `messages`), and `label_key`. Refuses (DataError) a record without
-    them, an empty prompt, and prompts longer than `longest` tokens: data is cleaned before training, not during it.
+    A record holds `input_key`, a string or a list of messages (or a conversation, `messages`), and `label_key`. Refuses
+    (DataError) a record without them, an empty prompt, and prompts longer than `longest` tokens: data is cleaned before
+    training, not during it.
     """
 
     def __init__(
