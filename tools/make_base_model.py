@@ -33,6 +33,7 @@ def make(tokenizer_dir: Path, output: Path, layers: int, seed: int) -> int:
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,
+        initializer_range=0.05,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="bfloat16",
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face tokenizer folder")
     parser.add_argument("--output-dir", type=Path, required=True, help="new Hugging Face folder")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1236)
     args = parser.parse_args()
     try:

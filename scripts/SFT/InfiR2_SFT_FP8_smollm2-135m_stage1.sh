@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# SFT stage 1 (easy problems) of SmolLM2-135M in the quickstart, on one GPU.
+#
+#   MODEL=smollm2-135m bash scripts/quickstart.sh       # makes the data, then runs this and its BF16 control
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../lib/sft.sh"
+
+NAME=${NAME:-InfiR2_SFT_FP8_smollm2-135m_stage1}
+RUN_DIR=$OUTPUT_ROOT/$NAME
+require HF_CHECKPOINT "Hugging Face folder of the base model: shape and tokenizer"
+use_model smollm2-135m "$HF_CHECKPOINT"
+use_precision "${PRECISION:-fp8}"
+
+# One step is 64 problems; 3,200 of them = 50 steps an epoch, 100 in all.
+EPOCHS=2 GLOBAL_BATCH=64
+SEQ_LENGTH=512 MAX_TOKENS_PER_GPU=8192 RECOMPUTE=none
+NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-1} TP=1 PP=1 CP=1 # 3 KV groups: no tensor parallelism
+LR=2e-4 MIN_LR=2e-5
+SEED=1236
+SAVE_INTERVAL=100 EVAL_INTERVAL=50 EVAL_EXACT_MATCH=256
+
+require REF_LOAD "checkpoints of the CPT run"
+start_from_base "$REF_LOAD"
+launch_sft "$@"
