@@ -25,11 +25,12 @@ def test_every_patched_attribute_exists():
 def known_flags() -> set[str]:
     from megatron.training.arguments import add_megatron_arguments
 
-    from infir2 import engine, pretrain, sft
+    from infir2 import engine, pretrain, rl_arguments, sft
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, conflict_handler="resolve"))
-    for stage in (pretrain.Pretraining(), sft.FineTuning()):
+    for stage in (pretrain.Pretraining(), sft.FineTuning(), rl_arguments.ReinforcementLearning()):
         parser = engine.add_arguments(stage, parser)
+    rl_arguments.add_cluster_arguments(parser)
     return {option for action in parser._actions for option in action.option_strings}
 
 

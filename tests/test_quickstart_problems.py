@@ -53,8 +53,11 @@ def test_every_sum_and_every_step_is_right(folder, name):
 def assert_worked(terms: list[int], answer: str) -> None:
     """Each line adds the next number to the total, digit by digit; the box holds the last total."""
     assert int(accuracy.boxed_answer(answer)) == sum(terms)
+    first, *lines = answer.split("\n")
     total = terms[0]
-    for line, term in zip(answer.split("\n"), terms[1:], strict=True):
+    assert first == str(total)
+    for line, term in zip(lines, terms[1:], strict=True):
+        assert line.startswith(f"+{term}: ")
         steps = re.findall(r"([\d+]+)=(\d\d)\b", line)
         assert all(sum(map(int, left.split("+"))) == int(right) for left, right in steps)
         digits = [list(map(int, left.split("+")[:2])) for left, _ in steps]

@@ -96,8 +96,8 @@ def differences(model, asked, responses, temperature: float) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_logprobs(engine, model, temperature):
-    """Each token's log-probability is the model's, given all before it and the temperature. Pins: positions that count
-    the padding, attention to it, a cache whose rows are mixed up when some are left out, a temperature forgotten."""
+    """Each token's log-probability is the model's, given all before it and the temperature. Pins: attention to
+    the padding, a cache whose rows are mixed up when some are left out, a temperature forgotten."""
     asked = requests(13)
     responses = engine.generate(asked, Sampling(temperature))
     assert [response.id for response in responses] == [request.id for request in asked]
@@ -283,7 +283,7 @@ def kolmogorov(sample: np.ndarray) -> float:
 def test_uniforms():
     """Over seeds at one place, over places of one seed, and over seeds that are numbered on, the numbers are uniform
     (a larger distance has a probability of 1e-4) and neighbours do not go together. Pins: a weak mix of two counters,
-    whose tokens at neighbouring places are alike."""
+    whose tokens at neighbouring places are alike, a sum of them, which makes samples shifted copies of each other."""
     n = 100_000
     numbers = np.arange(n, dtype=np.uint64)
     for seeds, places in ((numbers, 0 * numbers), (0 * numbers + np.uint64(9), numbers), (numbers, numbers)):
@@ -293,6 +293,8 @@ def test_uniforms():
         assert kolmogorov(found) < 2.23
         for step in (1, 2, 8):
             assert abs(np.corrcoef(found[step:], found[:-step])[0, 1]) < 4 / n**0.5
+    seeds, places = (axis.ravel() for axis in np.meshgrid(numbers[:50], numbers[:50]))
+    assert len(np.unique(uniforms(seeds, places))) == 2500  # seed 1 at place 2 is not seed 2 at place 1
 
 
 def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:

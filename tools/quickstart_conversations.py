@@ -24,7 +24,6 @@ settings are chosen on and what training logs; `test` is what the report shows.
 
 import argparse
 import hashlib
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,11 +74,17 @@ def question(problem: Problem) -> str:
 
 
 def worked(problem: Problem) -> str:
-    """The answer: the running total after each number, worked digit by digit, the last one in a box."""
-    totals = list(itertools.accumulate(problem))
-    steps = [addition(total, term) for total, term in zip(totals, problem[1:], strict=False)]
-    sums = [*map(str, totals[1:-1]), f"\\boxed{{{totals[-1]}}}"]
-    return "\n".join(f"{step} so {total}" for step, total in zip(steps, sums, strict=True))
+    """The answer: the first number, then a line for each further one: what is added, digit by digit, and the total, the
+    last one in a box.
+
+    The number is written again before its digits are added, so that only this copy looks back at the question, and
+    every line is the same kind of step: three numbers are then learned in half the steps, and four follow.
+    """
+    lines, total = [str(problem[0])], problem[0]
+    for place, term in enumerate(problem[1:], 2):
+        steps, total = addition(total, term), total + term
+        lines.append(f"+{term}: {steps} so " + (f"\\boxed{{{total}}}" if place == len(problem) else str(total)))
+    return "\n".join(lines)
 
 
 def as_conversation(problem: Problem) -> dict:
