@@ -1,6 +1,7 @@
 """The engine of a CPU, against Hugging Face's model run over whole sequences. Each docstring says what it pins."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -254,24 +255,16 @@ def test_restricted_sampling(engine, model, sampling):
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12).filter(any), st.integers(-1, 13), st.integers(1, 100))
 def test_restricted(weights, top_k, percent):
-    """Against sets written out: with equal weights at the edge of top-k all of them stay."""
+    """Against lists written out: at the edge of top-k all equal weights stay, at that of top-p those needed."""
+    top_p = 1.0 if percent == 100 else percent * 0.00987654321  # no sum of these weights is equal to it
     probabilities = [weight / sum(weights) for weight in weights]
-    found = restricted(torch.tensor([probabilities], dtype=torch.float64), Sampling(1.0, percent / 100, top_k))[0]
-    kept = probabilities
-    if top_k > 0:
-        edge = sorted(probabilities, reverse=True)[min(top_k, len(probabilities)) - 1]
-        kept = [p if p >= edge else 0.0 for p in probabilities]
-    order = sorted(range(len(kept)), key=lambda i: -kept[i])
-    gathered, wanted = 0.0, []
-    for i in order:
-        if percent < 100 and gathered >= percent / 100 + 1e-12:
-            break
-        wanted.append(kept[i])
-        gathered += kept[i]
-    values = sorted(filter(None, found.tolist()), reverse=True)
-    assert values == pytest.approx([value for value in wanted if value][: len(values)])
-    assert abs(len(values) - len([value for value in wanted if value])) <= (abs(gathered - percent / 100) < 1e-9)
-    assert all(value in (0.0, p) for value, p in zip(found.tolist(), probabilities, strict=True))
+    found = restricted(torch.tensor([probabilities], dtype=torch.float64), Sampling(1.0, top_p, top_k))[0].tolist()
+    ordered = sorted(probabilities, reverse=True)
+    edge = ordered[min(top_k, len(ordered)) - 1] if top_k > 0 else 0.0
+    ordered = [p for p in ordered if p >= edge]
+    wanted = [p for place, p in enumerate(ordered) if p and math.fsum(ordered[:place]) < top_p]
+    assert sorted(filter(None, found), reverse=True) == wanted
+    assert all(value in (0.0, p) for value, p in zip(found, probabilities, strict=True))
 
 
 def kolmogorov(sample: np.ndarray) -> float:

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# The quickstart's RL stage 1 (short responses) on a model of 4 M parameters, on one CPU or GPU.
+# RL stage 1 (short responses) of the quickstart's model of 3 M parameters, on one CPU or GPU. scripts/quickstart.sh makes the
+# prompts, sums of three and four numbers, and SFT stage 2; it does not run this yet.
 #
-#   bash scripts/quickstart.sh       # makes the prompts and the model, then runs this and its BF16 control
+#   Q=exp/quickstart; export OUTPUT_ROOT=$Q RL_DATA=$Q/conversations/rl1/train.jsonl EVAL_DATA=$Q/conversations/rl1/valid.jsonl
+#   export HF_CHECKPOINT=$Q/InfiR2_tiny_FP8 REF_LOAD=$Q/InfiR2_SFT_FP8_tiny_stage2/checkpoints
+#   RAY_ADDRESS=local bash scripts/RL/InfiR2_RL_FP8_tiny_stage1.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/rl.sh"
 
@@ -13,10 +16,10 @@ use_precision "${PRECISION:-fp8}"
 
 # One step is 32 prompts x 8 samples = 256 responses.
 STEPS=${STEPS:-12} PROMPTS=32 SAMPLES=8 OVER_SAMPLING=32 REWARD=deepscaler-no-think
-PROMPT_LENGTH=32 RESPONSE_LENGTH=95 TEMPERATURE=1.0
-SEQ_LENGTH=128 MAX_TOKENS_PER_GPU=4096 RECOMPUTE=none
+PROMPT_LENGTH=48 RESPONSE_LENGTH=128 TEMPERATURE=1.0
+SEQ_LENGTH=256 MAX_TOKENS_PER_GPU=4096 RECOMPUTE=none
 NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-1} TP=1 PP=1 CP=1 ENGINE_GPUS=1
-LR=1e-4
+LR=3e-4
 SEED=${SEED:-1236}
 SAVE_INTERVAL=10 EVAL_INTERVAL=10 EVAL_NAME=valid
 
