@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +35,11 @@ def printed(script: str, *flags: str, **more: str) -> str:
     """The commands and evalscope's task, with this machine's folders taken out."""
     done = run(script, *flags, **more)
     assert done.returncode == 0, done.stderr
+    text = done.stdout
     for folder, name in {sys.executable: "python", f"{Path(sys.executable).parent}/": "", str(ROOT): "REPO"}.items():
-        done.stdout = done.stdout.replace(folder, name)
-    return done.stdout
+        text = text.replace(folder, name)
+    # A checkout whose path holds a space is quoted by the shell.
+    return re.sub(r"'((?:REPO|python)[^' ]*)'", r"\1", text)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
