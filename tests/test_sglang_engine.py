@@ -535,3 +535,63 @@ def test_threads_end():
                 break
             time.sleep(0.02)
         assert threading.active_count() == before
+
+
+# The launcher
+
+
+def test_every_process_of_the_server_gets_the_quantiser(tmp_path):
+    """Pins: a replacement that only the parent has, where the processes that compute are its spawned children, and one
+    that imports SGLang's modules before SGLang does."""
+    package = tmp_path / "sglang"
+    layers = package / "srt/layers/quantization"
+    layers.mkdir(parents=True)
+    names = "per_token_group_quant_fp8 sglang_per_token_group_quant_fp8 sglang_per_token_group_quant_fp8_row_padded"
+    (layers / "fp8_utils.py").write_text("\n".join(f"def {name}(): pass" for name in names.split()))
+    (package / "launch_server.py").write_text(
+        "import multiprocessing, sys, child\n"
+        "if __name__ == '__main__':\n"
+        "    assert 'sglang.srt.layers.quantization.fp8_utils' not in sys.modules, 'imported before SGLang did'\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=child.show)\n"
+        "    process.start(), process.join()\n"
+        "    print(sys.argv[1:])\n"
+    )
+    (tmp_path / "child.py").write_text(
+        "def show():\n"
+        "    from sglang.srt.layers.quantization import fp8_utils\n"
+        f"    print(*(getattr(fp8_utils, name).__module__ for name in {names.split()}), flush=True)\n"
+    )
+    for scales, found in (("pow2", "__mp_main__"), ("", "sglang.srt.layers.quantization.fp8_utils")):
+        environment = environment_of_launcher(tmp_path, scales)
+        command = [sys.executable, "-m", "infir2.sglang_launch", "--flag"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines() == [" ".join([found] * 3), "['--flag']"], done.stderr
+
+
+def environment_of_launcher(site: Path, scales: str) -> dict[str, str]:
+    package = str(Path(sglang_engine.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{package}", "ACTIVATION_SCALES": scales}
+
+
+def test_scales_of_activations():
+    """The kernel in Triton's interpreter, whose FP8 cast is wrong (1.9 becomes 1): scales equal, codes in their places,
+    columns padded where that is asked for. tests/gpu compares bit for bit."""
+    pytest.importorskip("triton")
+    program = (
+        "import torch; from infir2 import fp8, sglang_launch\n"
+        "x = (torch.randn(6, 384) * torch.exp2(torch.randint(-90, 90, (6, 3)).repeat_interleave(128, 1))).bfloat16()\n"
+        "x[1, :128] = 0\n"
+        "for scale_fmt in ('pow2', 'fp32'):\n"
+        "    for column_major in (False, True):\n"
+        "        quantise = sglang_launch.quantiser(scale_fmt)\n"
+        "        codes, found = quantise(x, 128, column_major_scales=column_major, scale_tma_aligned=column_major)\n"
+        "        assert found.stride() == ((1, 8) if column_major else (3, 1))\n"
+        "        wanted, scales = fp8.quantize(x, fp8.ROW, scale_fmt=scale_fmt)\n"
+        "        assert torch.equal(found, scales)\n"
+        "        assert (codes.float().sign() * wanted.float().sign() >= 0).all()\n"
+        "print('equal')\n"
+    )
+    environment = environment_of_launcher(Path(), "") | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "equal\n", done.stderr

@@ -9,7 +9,7 @@
         EVAL_DATA=data/conversations/rl2/valid.jsonl python -m pytest -s tests/gpu/test_rl.py
 
 The model is first fine-tuned, shortly and in BF16, on worked sums, so that it is right now and then. ARMS chooses arms,
-STEPS their length; each arm's metrics.jsonl is copied to OUT, where that is set.
+STEPS the length of the first; each arm's metrics and logs are copied to OUT, where that is set.
 """
 
 import json
@@ -17,7 +17,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +26,17 @@ import torch
 from infir2 import precision
 
 REPO = Path(__file__).resolve().parents[2]
-STEPS, OTHER_STEPS = int(os.environ.get("STEPS", 30)), 12  # of the first arm, and of the others
-# name: (trainer's precision, engine's precision, scale format)
+STEPS, OTHER_STEPS = int(os.environ.get("STEPS", 30)), 6  # of the first arm, and of the others
+# name: (trainer's precision, engine's precision, scale format, whose activation scales an FP8 engine has)
 PAIRS = {
-    "fp8-fp8": ("fp8", "fp8", "pow2"),
-    "bf16-bf16": ("bf16", "bf16", "pow2"),
-    "bf16-fp8": ("bf16", "fp8", "pow2"),
-    "fp8-bf16": ("fp8", "bf16", "pow2"),
-    "fp8-fp8-fp32": ("fp8", "fp8", "fp32"),
+    "fp8-fp8": ("fp8", "fp8", "pow2", "trainer"),
+    "fp8-fp8-own": ("fp8", "fp8", "pow2", "sglang"),
+    "bf16-bf16": ("bf16", "bf16", "pow2", "trainer"),
+    "bf16-fp8": ("bf16", "fp8", "pow2", "trainer"),
+    "fp8-bf16": ("fp8", "bf16", "pow2", "trainer"),
+    "fp8-fp8-fp32": ("fp8", "fp8", "fp32", "trainer"),
 }
 ARMS = os.environ.get("ARMS", "fp8-fp8").split(",")
-STAGGER_SECONDS = 40  # engines that start at the same time miscount each other's memory
 SGLANG = os.environ.get(
     "SGLANG_ARGS",
     "--attention-backend triton --sampling-backend pytorch --grammar-backend none --fp8-gemm-backend triton "
@@ -117,9 +116,8 @@ def tuned(tmp_path_factory):
 
 
 def arm(name: str, tuned: dict[str, str], folder: Path) -> tuple[list[str], dict[str, str]]:
-    trainer, engine, scale_fmt = PAIRS[name]
+    trainer, engine, scale_fmt, activations = PAIRS[name]
     model = tuned["bf16"] if engine == "bf16" else tuned[f"fp8-{scale_fmt}"]
-    memory = "0.5" if len(ARMS) == 1 else f"{0.6 / len(ARMS):.2f}"
     steps = STEPS if name == ARMS[0] else min(STEPS, OTHER_STEPS)
     numbers = (
         f"--num-rollout {steps} --rollout-batch-size 32 --n-samples-per-prompt 8 --rollout-max-prompt-len 64 "
@@ -133,34 +131,29 @@ def arm(name: str, tuned: dict[str, str], folder: Path) -> tuple[list[str], dict
     command += ["--eval-prompt-data", "valid", os.environ["EVAL_DATA"], "--eval-limit", "256"]
     command += ["--pretrained-checkpoint", tuned["torch_dist"], "--load", str(folder / "checkpoints")]
     command += ["--save", str(folder / "checkpoints"), "--metrics-file", str(folder / "metrics.jsonl")]
-    command += ["--sglang-mem-fraction-static", memory, "--sglang-arguments", SGLANG]
+    command += ["--sglang-mem-fraction-static", "0.5", "--sglang-arguments", SGLANG]
+    command += ["--sglang-activation-scales", activations]
     return command, {"SCALE_FMT": scale_fmt}
 
 
-def test_arms(tuned, tmp_path):
+@pytest.mark.parametrize("name", ARMS)
+def test_arm(name, tuned, tmp_path):
     """Reward rises, the engine holds the trainer's codes after every sync (--check-weights ends the run otherwise),
-    and the gap of each pair of precisions is measured. Several arms share the GPU: times count where one is alone.
+    and the gap of each pair of precisions is measured, one pair after another, each alone on the GPU.
 
     Pins: an engine that goes on with old weights after a sync, a colocated release that loses them.
     """
-    processes = {}
-    for number, name in enumerate(ARMS):
-        time.sleep(STAGGER_SECONDS if number else 0)
-        (tmp_path / name).mkdir()
-        command, environment = arm(name, tuned, tmp_path / name)
-        processes[name] = start(*command, log=tmp_path / name / "log", **environment)
-    failed = {name: process.wait() for name, process in processes.items() if process.wait() != 0}
-    for name in ARMS:
-        if "OUT" in os.environ:
-            target = Path(os.environ["OUT"]) / name
-            target.mkdir(parents=True, exist_ok=True)
-            for file in ("metrics.jsonl", "rollouts.jsonl", "log"):
-                if (tmp_path / name / file).is_file():
-                    shutil.copy(tmp_path / name / file, target)
-            shutil.copytree(tmp_path / name / "logs", target / "logs", dirs_exist_ok=True)
-    assert not failed, (tmp_path / next(iter(failed)) / "log").read_text()[-5000:]
-    for name in ARMS:
-        print(json.dumps(summary(tmp_path / name / "metrics.jsonl") | {"arm": name}))
+    command, environment = arm(name, tuned, tmp_path)
+    status = start(*command, log=tmp_path / "log", **environment).wait()
+    if "OUT" in os.environ:
+        logs = [tmp_path / file for file in ("metrics.jsonl", "log", "logs/engine-0.log", "logs/trainer-0.log")]
+        for file in filter(Path.is_file, logs):
+            shutil.copy(file, Path(os.environ["OUT"]) / f"{name}.{file.name}")
+    assert status == 0, (tmp_path / "log").read_text()[-5000:]
+    found = summary(tmp_path / "metrics.jsonl")
+    print(json.dumps(found | {"arm": name}))
+    if found["steps"] >= 30:
+        assert found["score_last_5"] > found["score_first_5"]
 
 
 def summary(path: Path) -> dict:

@@ -285,3 +285,22 @@ def test_weights_go_to_another_gpu(folder, first, monkeypatch):
     finally:
         client.close()
         server.stop()
+
+
+@pytest.mark.parametrize("scale_fmt", ["pow2", "fp32"])
+@pytest.mark.parametrize("column_major", [False, True])
+def test_activations_are_quantised_as_in_training(scale_fmt, column_major):
+    """Codes and scales are infir2.fp8's, bit for bit, subnormals and zeros included. Pins: division by a reciprocal,
+    flushed subnormals, another rounding."""
+    from infir2 import fp8
+    from infir2.sglang_launch import quantiser
+
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-130, 100, (1001, 7), generator=generator).repeat_interleave(128, 1)
+    x = torch.randn(1001, 896, generator=generator) * torch.exp2(exponents.float())
+    x = x.bfloat16().index_fill(0, torch.tensor([5]), 0).cuda()
+    codes, scale_inv = quantiser(scale_fmt)(x, 128, column_major_scales=column_major, scale_tma_aligned=column_major)
+    wanted_codes, wanted_scale_inv = fp8.quantize(x.cpu(), fp8.ROW, scale_fmt=scale_fmt)
+    assert torch.equal(codes.cpu().view(torch.uint8), wanted_codes.view(torch.uint8))
+    assert torch.equal(scale_inv.cpu(), wanted_scale_inv)
+    assert not column_major or scale_inv.stride() == (1, 1004)

@@ -6,6 +6,7 @@ actors of a controller that is gone; an actor that is lost ends the run.
 """
 
 import faulthandler
+import logging
 import os
 import shlex
 import sys
@@ -289,6 +290,7 @@ class SGLangEngines:
         self.colocate, self.gpus = args.colocate, args.rollout_num_gpus_per_engine
         self.flags = shlex.split(args.sglang_arguments)
         self.flags += ["--mem-fraction-static", str(args.sglang_mem_fraction_static)]
+        self.own_scales = args.sglang_activation_scales == "sglang"
         server = ray.remote(sglang_engine.Server)
         if self.colocate:
             self.ranks = shared_gpus(trainers.places, self.gpus)
@@ -321,10 +323,12 @@ class SGLangEngines:
         from infir2.rl_arguments import engine_precision
 
         self.precision, self.folder = engine_precision(folder, scale_fmt), folder.resolve()
+        scales = None if self.own_scales or self.precision == "bf16" else scale_fmt
+        activations = "" if self.precision == "bf16" else f", their activations' scales {scales or 'FP32, of SGLang'}"
+        logging.getLogger("rl").info("the engines' weights are %s%s", self.precision, activations)
+        options = {"colocate": self.colocate, "activation_scales": scales, "flags": self.flags}
         self.started = [
-            actor.launch.remote(
-                str(self.folder), gpus, log, host=host, seed=seed + number, colocate=self.colocate, flags=self.flags
-            )
+            actor.launch.remote(str(self.folder), gpus, log, host=host, seed=seed + number, **options)
             for number, (actor, gpus, log, host) in enumerate(
                 zip(self.actors, self.devices, self.logs, self.hosts, strict=True)
             )

@@ -73,6 +73,12 @@ def add_cluster_arguments(parser: ArgumentParser) -> None:
     add("--rollout-num-gpus-per-engine", type=int, default=1)
     add("--engine-seed", type=int, default=1236, help="of SGLang's random numbers; they do not repeat even so")
     add("--sglang-mem-fraction-static", type=float, default=0.7)
+    add(
+        "--sglang-activation-scales",
+        choices=["trainer", "sglang"],
+        default="trainer",
+        help="of an FP8 engine: as in training, bit for bit, or FP32 ones as SGLang has them",
+    )
     add("--sglang-arguments", default="", help="more flags for SGLang's server, in one word")
     add("--wait-seconds", type=float, default=30, help="for nodes to join and GPUs to be free")
 

@@ -43,7 +43,7 @@ from pathlib import Path
 import aiohttp
 import orjson
 
-from infir2 import sglang_weights
+from infir2 import sglang_launch, sglang_weights
 from infir2.ray_launch import TAIL_LINES, Worker
 from infir2.rollout import Request, Response, Sampling
 from infir2.sglang_weights import Digest, EngineError, call
@@ -84,10 +84,10 @@ def command(
     words += ["--random-seed", str(seed), "--skip-tokenizer-init", "--skip-server-warmup"]
     words += ["--custom-weight-loader", sglang_weights.LOADER, "--log-level-http", "warning"]
     words += ["--enable-memory-saver"] * colocate + ["--enable-deterministic-inference"] * deterministic
-    return [sys.executable, "-m", "sglang.launch_server", *words, *flags]
+    return [sys.executable, "-m", "infir2.sglang_launch", *words, *flags]
 
 
-def environment(gpus: Sequence[str]) -> dict[str, str]:
+def environment(gpus: Sequence[str], activation_scales: str | None) -> dict[str, str]:
     """What an engine's process gets besides our own environment."""
     package = str(Path(__file__).resolve().parents[1])
     path = os.environ.get("PYTHONPATH", "")
@@ -95,6 +95,7 @@ def environment(gpus: Sequence[str]) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
         "PYTHONPATH": f"{package}{os.pathsep}{path}" if path else package,
         "SGLANG_RETURN_ORIGINAL_LOGPROB": "0",  # log-probabilities at the sampling temperature
+        sglang_launch.VARIABLE: activation_scales or "",
         # The memory saver's library is preloaded, before torch could load CUDA's runtime, which it needs: the linker
         # would leave it out with a warning, and releasing memory would then do nothing.
         "LD_LIBRARY_PATH": os.pathsep.join([*_cuda_runtime(), os.environ.get("LD_LIBRARY_PATH", "")]).strip(os.pathsep),
@@ -125,6 +126,7 @@ class Server(Worker):
         seed: int = 1,
         colocate: bool = False,
         deterministic: bool = False,
+        activation_scales: str | None = None,
         flags: Sequence[str] = (),
         seconds: float = READY_SECONDS,
     ) -> str:
@@ -133,8 +135,10 @@ class Server(Worker):
         gpus: as CUDA_VISIBLE_DEVICES has them; tensor parallelism over all. host: an address of this node that
         controller and trainers reach. It unpickles what it is sent: only an address that others do not reach is safe.
         colocate: `release` and `resume_...` work. deterministic: `Request.seed` counts (SGLang ignores it otherwise),
-        at some cost in speed.
+        at some cost in speed. activation_scales: of an FP8 model, "pow2" or "fp32" as training had them, bit for bit;
+        None leaves SGLang its own.
         """
+        self._activation_scales = activation_scales
         self._model, self._gpus, self._colocate = model, list(gpus), colocate
         self._log_file, self._tail = Path(log_file), deque(maxlen=TAIL_LINES)
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +157,11 @@ class Server(Worker):
         self._tail.clear()
         self._released, self._weights = False, True
         self.url = f"http://{host}:{port}"
-        self.start(command(Path(self._model), host, port, **options), environment(self._gpus), os.getcwd())
+        self.start(
+            command(Path(self._model), host, port, **options),
+            environment(self._gpus, self._activation_scales),
+            os.getcwd(),
+        )
         try:
             self._until_ready(seconds)
         except EngineError:
