@@ -216,6 +216,23 @@ def test_missing_flags():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--prompt-data", "{folder}/unlabelled.jsonl"], r"unlabelled.jsonl, line 2: KeyError: 'label'"),
+        (["--eval-prompt-data", "valid", "{folder}/absent.jsonl"], r"absent.jsonl does not exist; give a .jsonl file"),
+        (["--rollout-max-prompt-len", "2"], r"20 prompts of .*train.jsonl are longer than 2 tokens"),
+        (["--custom-rm-path", "reward.absent"], r"reward.absent"),
+    ],
+)
+def test_refused_before_anything_is_started(folder, tmp_path, more, message):
+    """Pins: minutes until SGLang and Megatron are up, for a line without a label. (No Ray is at this address.)"""
+    (folder / "unlabelled.jsonl").write_text('{"prompt": "a", "label": "e"}\n{"prompt": "b"}\n')
+    nowhere = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+    launch = Launch(folder, tmp_path / "run", nowhere, *(word.format(folder=folder) for word in more))
+    assert re.search(rf"\[rl\] error: .*{message}", launch.end(2)), launch.output.read_text()[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
         (["--hf-checkpoint", "{folder}/other"], r"other is Shape\(layers=1.*; the model that is trained is"),
         (["--hf-checkpoint", "{folder}/fp32"], r"fp32 has fp32 scales, this run has pow2"),
         (["--prompt-data", "{folder}/absent.jsonl"], r"No such file.*absent.jsonl"),

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ITERATION = re.compile(rb"iteration +(\d+)/ *(\d+) .*? lm loss: ([0-9.E+-]+)")
+# A step, of how many, and its loss or its reward: what Megatron and infir2.rl log.
+STEP = re.compile(rb"iteration +(\d+)/ *(\d+) .*? lm (loss): ([0-9.E+-]+)|step (\d+) of (\d+): (reward) ([0-9.]+)")
 
 
 class Run:
@@ -41,15 +42,15 @@ class Run:
             lines = file.read()
         complete = lines.rfind(b"\n") + 1
         self.offset += complete
-        found = ITERATION.findall(lines[:complete])
+        found = STEP.findall(lines[:complete])
         if not found:
             self.bar.refresh()
             return
-        iteration, total, loss = found[-1]
+        iteration, total, name, value = found[-1][:4] if found[-1][0] else found[-1][4:]
         if self.bar.total is None:
             self.bar.reset(total=int(total))
             self.bar.initial = self.bar.n = int(iteration)  # the rate counts from here: a resumed run starts late
-        self.bar.set_description(f"{self.label}: loss {float(loss):.3f}", refresh=False)
+        self.bar.set_description(f"{self.label}: {name.decode()} {float(value):.3f}", refresh=False)
         self.bar.update(int(iteration) - self.bar.n)
 
     def stop(self) -> None:

@@ -42,42 +42,38 @@ class GapError(Exception):
     """Trainer and engine no longer compute the same model."""
 
 
+class Inputs:
+    """What a run reads before anything is started: prompts, and the processes that score."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.tokenizer = ChatTokenizer(args.tokenizer_model)
+        self.prompts = self._prompts(args, args.prompt_data, None)
+        self.evaluations = {
+            name: self._prompts(args, Path(path), args.eval_limit) for name, path in args.eval_prompt_data
+        }
+        self.rewards = rewards.pool_from(args)
+
+    def _prompts(self, args: Namespace, path: Path, limit: int | None) -> rollout.Prompts:
+        keys = {"input_key": args.input_key, "label_key": args.label_key}
+        return rollout.Prompts(path, self.tokenizer, **keys, longest=args.rollout_max_prompt_len, limit=limit)
+
+
 class Run:
     """A run from its first step to its last. Trainers and engines are started, and hold the same weights."""
 
-    def __init__(self, args: Namespace, trainers: Trainers, engines) -> None:
+    def __init__(self, args: Namespace, inputs: Inputs, trainers: Trainers, engines) -> None:
         self.args, self.trainers, self.engines = args, trainers, engines
-        tokenizer = ChatTokenizer(Path(args.tokenizer_model))
-        self.decode = text_of(tokenizer)
-        prompts = rollout.Prompts(
-            args.prompt_data,
-            tokenizer,
-            input_key=args.input_key,
-            label_key=args.label_key,
-            longest=args.rollout_max_prompt_len,
-            limit=None,
-        )
-        self.evaluations = {
-            name: rollout.Prompts(
-                Path(path),
-                tokenizer,
-                input_key=args.input_key,
-                label_key=args.label_key,
-                longest=args.rollout_max_prompt_len,
-                limit=args.eval_limit,
-            )
-            for name, path in args.eval_prompt_data
-        }
-        self.source = rollout.Source(prompts, args.n_samples_per_prompt, args.seed, args.rollout_shuffle)
+        self.decode = text_of(inputs.tokenizer)
+        self.evaluations, self.rewards = inputs.evaluations, inputs.rewards
+        self.source = rollout.Source(inputs.prompts, args.n_samples_per_prompt, args.seed, args.rollout_shuffle)
         self.plan, self.sampling = rl_arguments.plan(args, args.seed), rl_arguments.sampling(args)
         self.objective = rl_arguments.objective(args)
         precise = engines.precision
         self.gate = rl_arguments.MAX_GEN_KL[precise] if args.max_gen_kl is None else args.max_gen_kl
         self.above_gate = 0
-        self.rewards = rewards.pool_from(args)
         self.folder = args.metrics_file.parent
         self.since, self.seconds = time.perf_counter(), dict[str, float]()  # of the step that is under way
-        log.info("%d prompts, engine in %s, gate on gen_kl_error %g", len(prompts), precise, self.gate)
+        log.info("%d prompts, engine in %s, gate on gen_kl_error %g", len(inputs.prompts), precise, self.gate)
 
     # The algorithm
 
@@ -230,12 +226,13 @@ def parse(words: list[str]) -> tuple[Namespace, list[str]]:
     args, rest = cluster.parse_known_args(words)
     parser = ArgumentParser(prog="infir2.rl", parents=[cluster], description=__doc__.split("\n\n")[0])
     rl_arguments.add_arguments(parser)
+    parser.add_argument("--tokenizer-model", type=Path, metavar="DIR", help="the trainers'")
     parser.parse_known_args(rest, namespace=args)
     rl_arguments.check(args)
     return args, rest
 
 
-def run(args: Namespace, words: list[str]) -> None:
+def run(args: Namespace, inputs: Inputs, words: list[str]) -> None:
     """On the Ray that we are connected to."""
     shape = (args.actor_num_nodes, args.actor_num_gpus_per_node)
     wait = 0 if ray_launch.own_ray() else args.wait_seconds
@@ -252,7 +249,7 @@ def run(args: Namespace, words: list[str]) -> None:
         settings = trainers.build()
         engines.connect(trainers)
         settings.metrics_file = args.metrics_file
-        Run(settings, trainers, engines).train()
+        Run(settings, inputs, trainers, engines).train()
     finally:
         engines.close()
         for actor in trainers.actors:
@@ -270,8 +267,9 @@ def main() -> int:
         if args.metrics_file is None:
             raise ValueError("missing: --metrics-file")
         args.metrics_file = args.metrics_file.resolve()
+        inputs = Inputs(args)
         with ray_launch.session(args.actor_num_gpus_per_node + 1, args.cpu, STORE_BYTES):
-            run(args, words)
+            run(args, inputs, words)
     except (Refusal, ValueError, DataError, rewards.RewardError, FileNotFoundError) as error:
         log.error("error: %s", error)
         return 2

@@ -242,10 +242,10 @@ class TransformersEngines:
         self._get(self.actor.load.remote(trainers.weights(self.precision == "fp8")))
 
     def check(self, trainers: Trainers) -> None:
-        """RuntimeError unless every tensor that is generated with equals the trainer's, bit for bit."""
+        """Lost unless every tensor that is generated with equals the trainer's, bit for bit."""
         wanted, held = trainers.digests(self.precision == "fp8"), self._get(self.actor.digests.remote())
         if wrong := sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name)):
-            raise RuntimeError(f"{len(wrong)} of the engine's {len(wanted)} tensors are not the trainer's: {wrong[:3]}")
+            raise Lost(f"{len(wrong)} of the engine's {len(wanted)} tensors are not the trainer's: {wrong[:3]}")
 
     def make_room(self) -> None:
         """Trainer and engine each have memory of their own here."""
@@ -360,11 +360,14 @@ class SGLangEngines:
         self._each("resume_kv" if self.colocate else "flush")
 
     def check(self, trainers: Trainers) -> None:
-        """EngineError unless every tensor of every engine is the trainers', bit for bit."""
-        from infir2.sglang_weights import compare
+        """Lost unless every tensor of every engine is the trainers', bit for bit."""
+        from infir2.sglang_weights import EngineError, compare
 
-        for held in self._all([actor.weights.remote(True) for actor in self.actors]):
-            compare(self.sent.digests, held)
+        for number, held in enumerate(self._all([actor.weights.remote(True) for actor in self.actors])):
+            try:
+                compare(self.sent.digests, held)
+            except EngineError as error:
+                raise Lost(f"engine {number}: {error}") from None
 
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
         self.client.submit(requests, sampling)

@@ -86,6 +86,7 @@ def add_cluster_arguments(parser: ArgumentParser) -> None:
 def check(args: Namespace) -> None:
     """Refuse (ValueError) what cannot train, and fill in what follows from other flags."""
     required = "hf_checkpoint prompt_data num_rollout rollout_batch_size rollout_max_response_len max_tokens_per_gpu"
+    required += " tokenizer_model"
     if missing := [name for name in required.split() if getattr(args, name) is None]:
         raise ValueError("missing: " + ", ".join("--" + name.replace("_", "-") for name in missing))
     if args.n_samples_per_prompt < 2:
