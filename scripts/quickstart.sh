@@ -5,11 +5,12 @@
 #   MODEL=smollm2-135m bash scripts/quickstart.sh       # SmolLM2-135M-Instruct; on a Hopper GPU
 #
 # A Qwen2.5-architecture model is trained through Megatron twice, in FP8 and in BF16 on the same data in the same order:
-# pre-training, then fine-tuning in two stages. The FP8 one is converted to Hugging Face, cast to block FP8, and answers
-# questions; every stage's answers to held-out problems are counted, in both precisions.
+# pre-training, then fine-tuning in two stages. The FP8 one goes on with reinforcement learning in two stages, trained and
+# sampled in FP8 (the tiny model only). It is converted to Hugging Face, cast to block FP8, and answers questions; every
+# stage's answers to held-out problems are counted, and asked for through evalscope. report.html shows all of it.
 # On a CPU the FP8 arithmetic is emulated, scale by scale; on a Hopper GPU it is TransformerEngine's.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/eval.sh"
 
 MODEL=${MODEL:-tiny} # in the names of the scripts and of their runs
 case $MODEL in
@@ -24,6 +25,7 @@ esac
 
 started=$SECONDS
 set_up
+set_up_evalscope
 log "set-up: $((SECONDS - started)) s"
 cd "$REPO_ROOT"
 export OUTPUT_ROOT=$QUICKSTART HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
@@ -31,6 +33,9 @@ export HF_CHECKPOINT=$QUICKSTART/base RAY_ADDRESS=local
 BASE=$QUICKSTART/base_torch_dist CONVERSATIONS=$QUICKSTART/conversations
 HF=$QUICKSTART/InfiR2_$MODEL HF_FP8=$QUICKSTART/InfiR2_${MODEL}_FP8
 STAGES=$QUICKSTART/stages.tsv
+TUNED=InfiR2_SFT_FP8_${MODEL}_stage2 # what reinforcement learning starts from
+REINFORCED=("InfiR2_RL_FP8_${MODEL}_stage1" "InfiR2_RL_FP8_${MODEL}_stage2")
+LAST=$TUNED
 mkdir -p "$QUICKSTART"
 
 # stage NAME RESULT COMMAND...: run a stage unless its result is there; its seconds go into stages.tsv for the report.
@@ -85,24 +90,67 @@ to_hf() {
         --origin-hf-dir "$HF_CHECKPOINT"
 }
 
-accuracy() {
-    local precision stage name models=()
-    mkdir -p "$QUICKSTART/hf"
-    for stage in "CPT_PRECISION_$MODEL" "SFT_PRECISION_${MODEL}_stage1" "SFT_PRECISION_${MODEL}_stage2"; do
-        for precision in FP8 BF16; do
-            name=InfiR2_${stage/PRECISION/$precision}
-            [[ -e $QUICKSTART/hf/$name ]] || to_hf "$name" "$QUICKSTART/hf/$name" || return
-            models+=(--model "$name=$QUICKSTART/hf/$name")
-        done
+# hf_of RUN: the run's model as $QUICKSTART/hf/RUN.
+hf_of() {
+    [[ -e $QUICKSTART/hf/$1 ]] || { mkdir -p "$QUICKSTART/hf" && to_hf "$1" "$QUICKSTART/hf/$1"; }
+}
+
+# to_fp8 HF_DIR OUTPUT
+to_fp8() {
+    "$PYTHON" tools/bf16_cast_fp8.py --input-bf16-hf-path "$1" --output-fp8-hf-path "$2"
+}
+
+# reinforce NUMBER PARENT_RUN: a stage of reinforcement learning in FP8; its engine starts with the parent's FP8 model.
+reinforce() {
+    local run=InfiR2_RL_FP8_${MODEL}_stage$1 engine=$QUICKSTART/hf/$2_FP8 command
+    hf_of "$2" && { [[ -e $engine ]] || to_fp8 "$QUICKSTART/hf/$2" "$engine"; } || return
+    printf -v command 'env HF_CHECKPOINT=%q REF_LOAD=%q RL_DATA=%q EVAL_DATA=%q bash %q' "$engine" \
+        "$QUICKSTART/$2/checkpoints" "$CONVERSATIONS/rl$1/train.jsonl" "$CONVERSATIONS/rl$1/valid.jsonl" \
+        "$REPO_ROOT/scripts/RL/$run.sh"
+    "$PYTHON" tools/side_by_side.py --run FP8 "$QUICKSTART/$run/log.txt" "$command" && touch "$QUICKSTART/reinforced$1"
+}
+
+# count_answers NAME "RUN..." "SET...": greedy answers of the runs' models to the sets' test problems, into NAME.json.
+count_answers() {
+    local run problems models=() sets=()
+    for run in $2; do
+        hf_of "$run" || return
+        models+=(--model "$run=$QUICKSTART/hf/$run")
     done
-    "$PYTHON" tools/answer_accuracy.py "${models[@]}" --problems "stage1=$CONVERSATIONS/stage1/test.jsonl" \
-        --problems "stage2=$CONVERSATIONS/stage2/test.jsonl" --output "$QUICKSTART/accuracy.json"
+    for problems in $3; do sets+=(--problems "$problems=$CONVERSATIONS/$problems/test.jsonl"); done
+    "$PYTHON" tools/answer_accuracy.py "${models[@]}" "${sets[@]}" --output "$QUICKSTART/$1.json"
+}
+
+# accuracy: both precisions' fine-tuned models, and beside them those of reinforcement learning.
+accuracy() {
+    local stage runs=() learner=
+    for stage in "CPT_PRECISION_$MODEL" "SFT_PRECISION_${MODEL}_stage1" "SFT_PRECISION_${MODEL}_stage2"; do
+        runs+=("InfiR2_${stage/PRECISION/FP8}" "InfiR2_${stage/PRECISION/BF16}")
+    done
+    hf_of "$TUNED" || return
+    if [[ $MODEL == tiny ]]; then
+        count_answers rl_accuracy "$TUNED ${REINFORCED[*]}" "rl1 rl2" &
+        learner=$!
+    fi
+    count_answers accuracy "${runs[*]}" "stage1 stage2" && { [[ -z $learner ]] || wait "$learner"; }
 }
 
 answer() {
     "$PYTHON" tools/generate.py --model "$HF" --chat --prompt "What is 27 + 45?" --prompt "What is 58 + 67 + 89?" \
         --prompt "What is 99 + 99 + 99?" >"$QUICKSTART/answers.json.tmp" &&
         mv "$QUICKSTART/answers.json.tmp" "$QUICKSTART/answers.json"
+}
+
+# evaluation: the last model as block FP8, then each stage's FP8 run as BF16, served and asked through evalscope. The
+# report compares the first with each other one.
+evaluation() {
+    local run models=(--model "FP8=$HF_FP8")
+    for run in "InfiR2_CPT_FP8_$MODEL" "${TUNED%2}1" "$TUNED" "${REINFORCED[@]}"; do
+        models+=(--model "$run=$QUICKSTART/hf/$run")
+    done
+    "$PYTHON" tools/evaluate.py --benchmark aime24 --dataset "$CONVERSATIONS/aime24" "${models[@]}" \
+        --samples 1 --max-tokens 160 --temperature 0 --top-p 1 --prompt-template '{question}' \
+        --evalscope "$EVALSCOPE_PYTHON" --output "$QUICKSTART/evaluation"
 }
 
 bigram() {
@@ -127,9 +175,17 @@ stage sft_stage1 "$QUICKSTART/fine_tuned1" \
 stage sft_stage2 "$QUICKSTART/fine_tuned2" \
     both fine_tuned2 "$QUICKSTART/sft_data2" "$QUICKSTART/InfiR2_SFT_PRECISION_${MODEL}_stage1/checkpoints" \
     "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage2"
-stage to_hf "$HF" to_hf "InfiR2_SFT_FP8_${MODEL}_stage2" "$HF"
-stage to_fp8 "$HF_FP8" "$PYTHON" tools/bf16_cast_fp8.py --input-bf16-hf-path "$HF" --output-fp8-hf-path "$HF_FP8"
+if [[ $MODEL == tiny ]]; then
+    stage rl_stage1 "$QUICKSTART/reinforced1" reinforce 1 "$TUNED"
+    stage rl_stage2 "$QUICKSTART/reinforced2" reinforce 2 "${REINFORCED[0]}"
+    LAST=${REINFORCED[1]}
+fi
+stage to_hf "$HF" to_hf "$LAST" "$HF"
+stage to_fp8 "$HF_FP8" to_fp8 "$HF" "$HF_FP8"
 stage answers "$QUICKSTART/answers.json" answer
 stage accuracy "$QUICKSTART/accuracy.json" accuracy
+if [[ $MODEL == tiny ]]; then
+    stage evaluation "$QUICKSTART/evaluation/aime24/report" evaluation
+fi
 "$PYTHON" tools/quickstart_report.py "$QUICKSTART"
 log "done in $((SECONDS - started)) s; open $QUICKSTART/report.html"

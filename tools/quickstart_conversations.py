@@ -2,20 +2,22 @@
 
     python tools/quickstart_conversations.py --output DIR [--verses]
 
-Writes DIR/stage1, DIR/stage2, DIR/rl1 and DIR/rl2, each with train.jsonl, valid.jsonl, test.jsonl and manifest.json.
+Writes DIR/stage1, DIR/stage2, DIR/rl1 and DIR/rl2, each with train.jsonl, valid.jsonl, test.jsonl and manifest.json,
+and DIR/aime24: test.jsonl, 40 test problems of each count of numbers, in the form that evalscope reads.
 A line is a conversation (`messages`, the InfiAlign format; `label`, the answer); of RL's training sets a prompt
 (`prompt`, `label`). Nothing is downloaded. All numbers are from 10 to 99:
 
-    set      numbers  in training also             problems there are  up to order
-    stage1   2                                                  8,100        4,095
-    stage2   3        2, and some of 4 and 5                  729,000      125,580
-    rl1      3 and 4                                 65.6 M with four    2,919,735
-    rl2      4 and 5                                  5.9 G with five   54,891,018
+    set      numbers  in training also       problems there are  up to order
+    stage1   2        some of 3                           8,100        4,095
+    stage2   3        some of 2 and of 4                729,000      125,580
+    rl1      3 and 4                           65.6 M with four    2,919,735
+    rl2      4
     verses   with --verses: the second half of a verse of the King James Bible, given the first; for a model that knows
              English, and where a loss cannot fall to nothing
 
-Fine-tuning shows the model few sums of four and five numbers, so that it gets them right now and then: reinforcement
-learning can only strengthen what is sampled at times.
+A model that sees two numbers alone learns where they stand, and has to unlearn it; one that sees some sums of three
+learns to look for them. Of four numbers fine-tuning shows few, so that the model gets them right now and then:
+reinforcement learning can only strengthen what is sampled at times.
 
 A sum's side follows from a hash of its numbers without their order, so 27 + 45 and 45 + 27 never part: training of
 SFT, training of RL, validation and test share no problem. Of the Bible, whole chapters are held out. `valid` is what
@@ -35,17 +37,18 @@ from random import Random
 from infir2.indexed import DataError
 from infir2.receipts import building, reusable, tool_facts, write_manifest
 
-VERSION = 2  # raise it when the same request would give other bytes
+VERSION = 4  # raise it when the same request would give other bytes
 NUMBERS = range(10, 100)
 # By set, and by how many numbers a problem has: problems to train on. Held out are those of `HELD_OUT`.
 TRAIN = {
-    "stage1": {2: 3200},
-    "stage2": {2: 800, 3: 4800, 4: 400, 5: 400},
-    "rl1": {3: 1024, 4: 1024},
-    "rl2": {4: 1024, 5: 1024},
+    "stage1": {2: 2200, 3: 1000},
+    "stage2": {2: 640, 3: 3400, 4: 1080},
+    "rl1": {3: 512, 4: 1536},
+    "rl2": {4: 2048},
 }
-HELD_OUT = {"stage1": (2,), "stage2": (3,), "rl1": (3, 4), "rl2": (4, 5)}
+HELD_OUT = {"stage1": (2,), "stage2": (3,), "rl1": (3, 4), "rl2": (4,)}
 COUNTS = {"valid": 256, "test": 512}
+BENCHMARK = 40  # problems of each count of numbers
 
 Problem = tuple[int, ...]
 
@@ -74,16 +77,16 @@ def question(problem: Problem) -> str:
 
 
 def worked(problem: Problem) -> str:
-    """The answer: the first number, then a line for each further one: what is added, digit by digit, and the total, the
-    last one in a box.
+    """The answer: the sum written again, then line by line the first two numbers added, digit by digit, and what is
+    left of the sum; the last result in a box.
 
-    The number is written again before its digits are added, so that only this copy looks back at the question, and
-    every line is the same kind of step: three numbers are then learned in half the steps, and four follow.
+    So each line looks back at the line before it alone, and is the same kind of step however many numbers there are.
     """
-    lines, total = [str(problem[0])], problem[0]
-    for place, term in enumerate(problem[1:], 2):
+    lines, total, left = [" + ".join(map(str, problem))], problem[0], list(problem[1:])
+    while left:
+        term = left.pop(0)
         steps, total = addition(total, term), total + term
-        lines.append(f"+{term}: {steps} so " + (f"\\boxed{{{total}}}" if place == len(problem) else str(total)))
+        lines.append(f"{steps} so " + (" + ".join(map(str, [total, *left])) if left else f"\\boxed{{{total}}}"))
     return "\n".join(lines)
 
 
@@ -93,6 +96,10 @@ def as_conversation(problem: Problem) -> dict:
 
 def as_prompt(problem: Problem) -> dict:
     return {"prompt": as_messages(question(problem)), "label": str(sum(problem))}
+
+
+def as_benchmark(problem: Problem) -> dict:
+    return {"problem": question(problem), "answer": str(sum(problem))}
 
 
 def as_messages(question: str, answer: str | None = None) -> list[dict[str, str]]:
@@ -127,6 +134,12 @@ def sums(name: str, seed: int) -> dict[str, list[dict]]:
     return splits
 
 
+def benchmark(seed: int) -> dict[str, list[dict]]:
+    """Test problems of two to four numbers, in evalscope's form."""
+    random = Random(f"benchmark {seed}")
+    return {"test": [as_benchmark(problem) for n in (2, 3, 4) for problem in draw(random, n, "test", BENCHMARK)]}
+
+
 def verses(seed: int) -> dict[str, list[dict]]:
     """Verses of at least 16 words, cut in the middle; chapters go to the splits by hash, as sums do. Shuffled.
 
@@ -155,7 +168,8 @@ def write(path: Path, conversations: Iterable[dict]) -> None:
 def build(output: Path, seed: int, with_verses: bool, arguments: Sequence[str]) -> Iterator[str]:
     """Make each set; yields its folder."""
     sets: dict[str, Callable[[int], dict[str, list[dict]]]] = {name: partial(sums, name) for name in TRAIN}
-    for name, make in (sets | ({"verses": verses} if with_verses else {})).items():
+    sets |= {"aime24": benchmark} | ({"verses": verses} if with_verses else {})
+    for name, make in sets.items():
         request = {"stage": name, "version": VERSION, "seed": seed}
         if not reusable(output / name, request):
             splits = make(seed)

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Report on a finished quickstart: a table on stdout, report.png and report.html in its folder.
+"""Report on a finished quickstart: tables on stdout; report.png, report_learning.png and report.html in its folder.
 
     python tools/quickstart_report.py exp/quickstart
 
 The page needs no network and no script. Every number is read from the files that the stages left: stages.tsv, each
-run's TensorBoard events, run.json, command.sh, commit and log.txt, and the receipts of the data. A verdict that fails
-is printed as such, and the exit status is still 0; it is 2 where a file is missing or the runs cannot be compared.
+run's TensorBoard events, run.json, command.sh, commit and log.txt, metrics.jsonl of reinforcement learning, the counted
+answers, evalscope's scores, and the receipts of the data. Without reinforcement learning or evaluation the report goes
+without their sections. A verdict that fails is printed as such, and the exit status is still 0; it is 2 where a file is
+missing or the runs cannot be compared.
 """
 
 import argparse
@@ -28,17 +30,21 @@ from string import Template
 from typing import Any
 
 import numpy as np
+import quickstart_learning as learned
+from quickstart_learning import HOLLOW, LIGHT, Learning, Verdict, legend, quiet
 
 from infir2.events import read_scalars
 from infir2.precision import PRECISIONS
 from infir2.receipts import MANIFEST, sha256_file
 
-# Which stages train, and the folder of each of their runs. The first pair is the one that the verdicts compare.
+# Which stages train a run in each precision, and the run's folder. The verdicts compare the first pair.
 TRAINED = {
-    "pretraining": {"FP8": "InfiR2_CPT_FP8_tiny", "BF16": "InfiR2_CPT_BF16_tiny"},
-    "sft_stage1": {"FP8": "InfiR2_SFT_FP8_tiny_stage1", "BF16": "InfiR2_SFT_BF16_tiny_stage1"},
-    "sft_stage2": {"FP8": "InfiR2_SFT_FP8_tiny_stage2", "BF16": "InfiR2_SFT_BF16_tiny_stage2"},
+    "pretraining": "InfiR2_CPT_{precision}_{model}",
+    "sft_stage1": "InfiR2_SFT_{precision}_{model}_stage1",
+    "sft_stage2": "InfiR2_SFT_{precision}_{model}_stage2",
 }
+RANDOM_BASES = {"tiny"}  # models whose base had learned nothing
+SCORES = "evaluation/aime24/report/scores.json"
 # What the report reads beside the runs: a file, the stage that makes it, and what it must hold.
 FILES = (
     ("corpus/sources.json", "corpus", ()),
@@ -56,9 +62,7 @@ PRECISION_FACTS = {"fp8", "fp8_recipe", "scale_fmt"}
 PROOF = re.compile(r"^\[infir2\] (backend .*: (\d+) of (\d+) linear layers in FP8)$", re.MULTILINE)
 ANSWER_COLUMNS = 96  # of one answer in the terminal
 
-# Okabe and Ito's colours, told apart by the colour-blind; the page replaces each by a CSS variable of the same name.
-LIGHT = {"ink": "#1f2328", "muted": "#656d76", "grid": "#e4e7eb", "shade": "#f3f4f7"}
-LIGHT |= {"fp8": "#d55e00", "bf16": "#0072b2", "bigram": "#00795a", "gap": "#6f4a8e"}
+# The page's colours on a dark ground, by the names of LIGHT.
 DARK = {"ink": "#e6e8eb", "muted": "#9aa4af", "grid": "#30363d", "shade": "#1b212a"}
 DARK |= {"fp8": "#ff9b5e", "bf16": "#62b5ee", "bigram": "#3fc79a", "gap": "#c3a1e0"}
 
@@ -101,6 +105,7 @@ class Quickstart:
     """All that the report is made from."""
 
     folder: Path
+    model: str  # in the names of its runs
     stages: list[Stage]
     runs: dict[str, dict[str, Run]]  # stage to label to run
     sources: list[dict[str, Any]]
@@ -109,6 +114,7 @@ class Quickstart:
     bigram: dict[str, Any]
     answers: dict[str, Any]
     accuracy: dict[str, dict[str, dict[str, list]]]  # run's name to set of problems to `right`, one for each problem
+    learning: Learning
 
     @property
     def fp8(self) -> Run:
@@ -136,19 +142,21 @@ class Quickstart:
 def load(folder: Path) -> Quickstart:
     """Read a finished quickstart. ReportError names a file that is missing or damaged, and the stage that makes it."""
     stages = read_stages(folder / "stages.tsv")
+    model = find_model(folder)
     results = {stage.name: stage.result for stage in stages}
     found = {}
     for name, stage, keys in FILES:
         with blaming(folder / name, stage, results):
             found[name] = read_json(folder / name, keys)
-    wanted = {stage: runs for stage, runs in TRAINED.items() if stage in results or stage == "pretraining"}
     runs = {
         stage: {label: read_run(folder / name, label, stage, results) for label, name in names.items()}
-        for stage, names in wanted.items()
+        for stage, names in run_names(model).items()
+        if stage in results or stage == "pretraining"
     }
     check_comparable(*runs["pretraining"].values())
     return Quickstart(
         folder,
+        model,
         stages,
         runs,
         sources=found["corpus/sources.json"],
@@ -157,7 +165,52 @@ def load(folder: Path) -> Quickstart:
         bigram=found["bigram.json"],
         answers=found["answers.json"],
         accuracy=found["accuracy.json"]["models"],
+        learning=read_learning(folder, model, results),
     )
+
+
+def find_model(folder: Path) -> str:
+    """The model's name, from its pre-training in FP8."""
+    prefix = TRAINED["pretraining"].format(precision="FP8", model="")
+    found = sorted(path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*") if path.is_dir())
+    if not found:
+        raise ReportError(
+            f"{folder} holds no run {prefix}*. The stage 'pretraining' makes it: run bash scripts/quickstart.sh again."
+        )
+    if len(found) > 1:
+        raise ReportError(
+            f"{folder} holds {len(found)} runs {prefix}*: {', '.join(found)}. A quickstart has one; give each model a "
+            "folder of its own with QUICKSTART."
+        )
+    return found[0]
+
+
+def run_names(model: str) -> dict[str, dict[str, str]]:
+    """Stage to FP8 or BF16 to the run's folder."""
+    labels = ("FP8", "BF16")
+    return {
+        stage: {label: name.format(precision=label, model=model) for label in labels} for stage, name in TRAINED.items()
+    }
+
+
+def read_learning(folder: Path, model: str, results: dict[str, Path]) -> Learning:
+    """Reinforcement learning, if one of its stages ran (then both must have), and the evaluation, if it ran."""
+    runs, right, benchmark = {}, {}, {}
+    names = learned.run_names(model)
+    if names.keys() & results.keys():
+        for stage, name in names.items():
+            facts, metrics = folder / name / "checkpoints/run.json", folder / name / "metrics.jsonl"
+            with blaming(facts, stage, results, folder / name):
+                steps = read_json(facts, ("train_iters",))["train_iters"]
+            with blaming(metrics, stage, results, folder / name):
+                runs[stage] = learned.read_metrics(metrics, steps)
+        measured = {learned.PARENT: run_names(model)[learned.PARENT]["FP8"]} | names
+        with blaming(folder / "rl_accuracy.json", "accuracy", results):
+            right = learned.read_right(folder / "rl_accuracy.json", measured)
+    if "evaluation" in results:
+        with blaming(folder / SCORES, "evaluation", results):
+            benchmark = learned.read_benchmark(folder / SCORES)
+    return Learning(runs, right, benchmark)
 
 
 def read_json(path: Path, keys: tuple[str, ...]) -> Any:
@@ -170,10 +223,13 @@ def read_json(path: Path, keys: tuple[str, ...]) -> Any:
 
 
 @contextmanager
-def blaming(path: Path, stage: str, results: dict[str, Path]) -> Iterator[None]:
-    """Turn what goes wrong while reading `path` into a ReportError that says how to get it."""
-    result = results.get(stage)
-    remove = f"remove {result}, " if result else ""
+def blaming(path: Path, stage: str, results: dict[str, Path], finished: Path | None = None) -> Iterator[None]:
+    """Turn what goes wrong while reading `path` into a ReportError that says how to get it.
+
+    `finished` is a run that has to be removed too: the stage would find it at its end, and do nothing.
+    """
+    removed = [str(one) for one in (finished, results.get(stage)) if one]
+    remove = f"remove {' and '.join(removed)}, " if removed else ""
     remedy = f"The stage '{stage}' makes it: {remove}then run bash scripts/quickstart.sh again."
     try:
         yield
@@ -252,19 +308,6 @@ def check_comparable(fp8: Run, bf16: Run) -> None:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A claim, whether it holds, and the numbers behind it."""
-
-    claim: str
-    holds: bool
-    numbers: str
-
-    @property
-    def word(self) -> str:
-        return "yes" if self.holds else "no"
-
-
-@dataclass(frozen=True)
 class Ending:
     """The last held-out losses, in nats per token."""
 
@@ -311,15 +354,22 @@ def verdicts(quickstart: Quickstart) -> list[Verdict]:
             f"differing: {', '.join(differing)}" if differing else "run.json, command line, commit and receipt of data",
         ),
         *accuracy_verdicts(quickstart),
+        *learned.verdicts(quickstart.learning),
     ]
 
 
 # How many held-out problems each stage's model answers right
 
 
+def right_answers(quickstart: Quickstart, stage: str, label: str, problems: str) -> np.ndarray:
+    """Which problems of a set a stage's run (label FP8 or BF16) answers right; [problems], 0 or 1."""
+    name = run_names(quickstart.model)[stage][label]
+    return np.array(quickstart.accuracy[name][problems]["right"], dtype=float)
+
+
 def percent_right(quickstart: Quickstart, stage: str, label: str, problems: str) -> float:
     """Right answers of a stage's run (label FP8 or BF16) to a set of problems, in percent."""
-    return 100 * float(np.mean(quickstart.accuracy[TRAINED[stage][label]][problems]["right"]))
+    return 100 * float(right_answers(quickstart, stage, label, problems).mean())
 
 
 def half_width(percent: float, count: int) -> float:
@@ -332,10 +382,7 @@ def accuracy_rows(quickstart: Quickstart) -> list[tuple[str, ...]]:
     rows = []
     for stage in TRAINED:
         for problems, name in PROBLEMS.items():
-            right = [
-                np.array(quickstart.accuracy[TRAINED[stage][label]][problems]["right"], dtype=float)
-                for label in ("FP8", "BF16")
-            ]
+            right = [right_answers(quickstart, stage, label, problems) for label in ("FP8", "BF16")]
             shares = [100 * values.mean() for values in right]
             cells = [f"{share:.1f} \N{PLUS-MINUS SIGN} {half_width(share, right[0].size):.1f}" for share in shares]
             gap = 100 * (right[0] - right[1])
@@ -421,13 +468,17 @@ def precision_summary(run: Run) -> str:
 
 
 def base_note(quickstart: Quickstart) -> str:
-    """That nothing was learned before, with the loss that shows it."""
+    """Whether something was learned before, with the loss that shows it."""
     run = quickstart.fp8
     vocabulary = run.facts["padded_vocab_size"]
     steps = max(run.loss)
     tokens = steps * run.facts["global_batch_size"] * run.facts["seq_length"]
+    if quickstart.model in RANDOM_BASES:
+        base = "The base model had random weights; nothing was learned before"
+    else:
+        base = "The base model was trained before; pre-training goes on with"
     return (
-        f"The base model had random weights; nothing was learned before these {steps:,} steps ({tokens:,} tokens). "
+        f"{base} these {steps:,} steps ({tokens:,} tokens). "
         f"Its first loss is {run.loss[min(run.loss)]:.3f}, and a uniform guess over {vocabulary:,} tokens costs "
         f"{np.log(vocabulary):.3f}."
     )
@@ -454,12 +505,16 @@ def table(quickstart: Quickstart) -> list[Row]:
     rows: list[Row] = []
     for stage in quickstart.stages:
         runs = quickstart.runs.get(stage.name, {})
-        where = "" if runs else quickstart.relative(stage.result)
+        reinforced = quickstart.learning.runs.get(stage.name)
+        where = "" if runs or reinforced else quickstart.relative(stage.result)
         rows.append((stage.name, "", "", "", f"{stage.seconds:,}", where))
         for run in runs.values():
             first, last = run.loss[min(run.loss)], run.loss[max(run.loss)]
             seconds = f"{sum(run.step_seconds.values()):,.0f}"
             rows.append((f"  {run.label}", f"{max(run.loss):,}", f"{first:.3f}", f"{last:.3f}", seconds, run.name))
+        if reinforced:
+            seconds = f"{reinforced.seconds['step']:,.0f}"
+            rows.append(("  FP8", f"{max(reinforced.reward):,}", "", "", seconds, reinforced.name))
     total = sum(stage.seconds for stage in quickstart.stages)
     return [*rows, ("total", "", "", "", f"{total:,}", "")]
 
@@ -481,16 +536,36 @@ def text_report(quickstart: Quickstart) -> str:
     lines += [f"  FP8     {end.fp8:.4f}", f"  BF16    {end.bf16:.4f}"]
     lines += [f"  gap    {end.gap:+.4f}  ({end.gap_percent:+.2f} %)", f"  bigram  {end.bigram:.4f}", ""]
     lines += [f"{verdict.claim}: {verdict.word} ({verdict.numbers})" for verdict in verdicts(quickstart)]
-    lines += ["", "Held-out problems answered right"]
-    rows = [ACCURACY_HEADER, *accuracy_rows(quickstart)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(ACCURACY_HEADER))]
-    lines += [
-        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    lines += [accuracy_note(quickstart), "", f"Answers of {quickstart.relative(Path(quickstart.answers['model']))}"]
+    lines += ["", "Held-out problems answered right", *columns(ACCURACY_HEADER, accuracy_rows(quickstart))]
+    lines += [accuracy_note(quickstart), *learning_text(quickstart), ""]
+    lines.append(f"Answers of {quickstart.relative(Path(quickstart.answers['model']))}")
     for pair in quickstart.answers["answers"]:
         lines.append(f"  {one_line(pair['prompt'])} | {one_line(pair['answer'])}")
     return "\n".join(lines)
+
+
+def columns(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table."""
+    rows = [tuple(map(one_line, row)) for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return [
+        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def learning_text(quickstart: Quickstart) -> list[str]:
+    """Reinforcement learning and the evaluation, where there are any."""
+    learning = quickstart.learning
+    lines = []
+    if learning.runs:
+        lines += ["", "Reinforcement learning: held-out problems answered right"]
+        lines += [*columns(learned.RIGHT_HEADER, learned.right_rows(learning)), learned.RIGHT_NOTE, ""]
+        lines += ["Reinforcement learning: where the time went"]
+        lines += [*columns(learned.PHASE_HEADER, learned.phase_rows(learning)), learned.PHASE_NOTE]
+    if learning.benchmark:
+        lines += ["", f"Scores through evalscope ({Path(SCORES).with_suffix('.html')})"]
+        lines += [*columns(learned.SCORE_HEADER, learned.score_rows(learning)), learned.score_note(learning)]
+    return lines
 
 
 def printable(text: str) -> str:
@@ -503,9 +578,7 @@ def one_line(text: str) -> str:
     return line if len(line) <= ANSWER_COLUMNS else line[: ANSWER_COLUMNS - 3] + "..."
 
 
-# The figure
-
-HOLLOW = {"facecolor": "none", "linewidth": 1.3, "clip_on": False}  # a point at the last step is drawn whole
+# The figures: this one of pre-training; that of learned.draw has accuracy, and reinforcement learning
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -552,12 +625,7 @@ def draw(quickstart: Quickstart, width: float, height: float) -> Any:
 
 def style(axes: Any, facts: dict[str, Any]) -> None:
     """Quiet axes, and a shade on every second phase of the learning rate."""
-    axes.set_facecolor("none")
-    axes.grid(axis="y", color=LIGHT["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=LIGHT["muted"], labelsize=10, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(LIGHT["muted"])
+    quiet(axes)
     for name, begin, end in phases(facts):
         if name != "stable":
             axes.axvspan(begin, end, color=LIGHT["shade"], linewidth=0, zorder=0)
@@ -580,7 +648,7 @@ def draw_losses(axes: Any, quickstart: Quickstart) -> None:
     label = f"bigram, held out ({bigram:.2f})"
     axes.axhline(bigram, color=LIGHT["bigram"], linewidth=1.4, linestyle=(0, (1, 1.5)), zorder=5, label=label)
     axes.set_ylabel("loss (nats per token)", color=LIGHT["ink"], fontsize=10.5)
-    axes.legend(frameon=False, fontsize=10, labelcolor=LIGHT["ink"], loc="upper right")
+    legend(axes, loc="upper right")
 
 
 def draw_gap(axes: Any, quickstart: Quickstart) -> None:
@@ -595,8 +663,7 @@ def draw_gap(axes: Any, quickstart: Quickstart) -> None:
     axes.scatter(*difference(quickstart.fp8.held_out, quickstart.bf16.held_out), **points, label="held out")
     axes.set_ylabel("FP8 \N{MINUS SIGN} BF16\n(nats per token)", color=LIGHT["ink"], fontsize=10.5)
     axes.set_xlabel("step", color=LIGHT["ink"], fontsize=10.5)
-    above = {"loc": "lower right", "bbox_to_anchor": (1, 0.97), "borderpad": 0, "ncols": 2}
-    axes.legend(frameon=False, fontsize=10, labelcolor=LIGHT["ink"], **above)
+    legend(axes, loc="lower right", bbox_to_anchor=(1, 0.97), borderpad=0, ncols=2)
 
 
 def difference(left: dict[int, float], right: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -605,27 +672,45 @@ def difference(left: dict[int, float], right: dict[int, float]) -> tuple[np.ndar
     return np.array(steps), np.array([left[step] - right[step] for step in steps])
 
 
-def png(quickstart: Quickstart) -> bytes:
-    """The figure as a PNG of 1800 by 1300 pixels, to be shown 900 wide."""
+def draw_learning(quickstart: Quickstart, width: float, height: float) -> Any:
+    """The figure of what each stage taught, sizes in inches."""
+    shares = {
+        (label, name): {stage: right_answers(quickstart, stage, label, problems) for stage in TRAINED}
+        for problems, name in PROBLEMS.items()
+        for label in ("FP8", "BF16")
+    }
+    return learned.draw(quickstart.learning, shares, width, height)
+
+
+def learning_sizes(quickstart: Quickstart) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Of that figure, wide and narrow, in inches: three panels, or accuracy alone."""
+    return ((9, 5.6), (4.3, 9.4)) if quickstart.learning.runs else ((9, 4.2), (4.3, 4.4))
+
+
+def png(figure: Any) -> bytes:
+    """A figure 9 inches wide as a PNG of 1800 pixels, to be shown 900 wide."""
     buffer = io.BytesIO()
-    draw(quickstart, 9, 6.5).savefig(buffer, format="png", dpi=200, facecolor="white")
+    figure.savefig(buffer, format="png", dpi=200, facecolor="white")
     return buffer.getvalue()
 
 
-def svg(quickstart: Quickstart, width: float, height: float, name: str) -> str:
-    """The figure as an SVG element whose colours are the page's CSS variables; its ids begin with `name`'s hash."""
+def svg(figure: Any, width: str, summary: str) -> str:
+    """A figure as an SVG element of the class `width`, whose colours are the page's CSS variables.
+
+    Its ids begin with a hash of both words, so that two figures of a page do not share one.
+    """
     import matplotlib
 
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "path.simplify_threshold": 0.3}):
-        draw(quickstart, width, height).savefig(buffer, format="svg", metadata=nothing)
+    settings = {"svg.fonttype": "none", "svg.hashsalt": f"{width} {summary}", "path.simplify_threshold": 0.3}
+    with matplotlib.rc_context(settings):
+        figure.savefig(buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
-    text = re.sub(r"\bid=\"(?!p[0-9a-f]{10}|m[0-9a-f]{10}|C[0-9a-f]_)[^\"]*\"", "", text[text.index("<svg") :])
+    text = re.sub(r"\bid=\"(?!p[0-9a-f]{10}|m[0-9a-f]{10}|C[0-9a-f]+_)[^\"]*\"", "", text[text.index("<svg") :])
     for variable, colour in LIGHT.items():
         text = text.replace(colour, f"var(--{variable})")
-    summary = "Training and held-out loss of the FP8 and the BF16 run by step, and the gap between them"
-    return text.replace("<svg", f'<svg class="{name}" role="img" aria-label="{summary}"', 1)
+    return text.replace("<svg", f'<svg class="{width}" role="img" aria-label="{escape(summary)}"', 1)
 
 
 # The page
@@ -642,18 +727,23 @@ def page(quickstart: Quickstart) -> str:
         "model": safe(model_words(quickstart.fp8.facts)),
         "figures": "".join(figures(end)),
         "verdicts": "".join(map(verdict_item, verdicts(quickstart))),
-        "figure": svg(quickstart, 9, 6.5, "wide") + svg(quickstart, 4.3, 6.6, "narrow"),
+        "figure": both_widths(draw, quickstart, ((9, 6.5), (4.3, 6.6)), FIGURE_SUMMARY),
         "figure_note": safe(
             f"Light lines are single steps, strong lines the mean of {smoothing_window(len(quickstart.fp8.loss))} "
             "steps centred on each. Shaded: warmup and decay of the learning rate."
         ),
+        "learning_figure": both_widths(
+            draw_learning, quickstart, learning_sizes(quickstart), learning_summary(quickstart)
+        ),
+        "learning_note": safe(learning_note(quickstart)),
+        "reinforcement": reinforcement_section(quickstart),
+        "evaluation": evaluation_section(quickstart),
         "stages": stage_table(quickstart),
         "precision": precision_list(quickstart),
-        "accuracy": html_table(
-            ACCURACY_HEADER, [tuple(map(safe, row)) for row in accuracy_rows(quickstart)], {2, 3, 4}, [""] * 6
-        ),
+        "accuracy": safe_table(ACCURACY_HEADER, accuracy_rows(quickstart), {2, 3, 4}),
         "accuracy_note": safe(accuracy_note(quickstart)),
         "answers_model": safe(quickstart.relative(Path(quickstart.answers["model"]))),
+        "answers_how": "fine-tuned" + (", then trained by reinforcement learning," if quickstart.learning.runs else ""),
         "answers": "".join(map(answer_item, quickstart.answers["answers"])),
         "sources": source_table(quickstart.sources),
         "receipts": receipt_table(quickstart),
@@ -661,6 +751,62 @@ def page(quickstart: Quickstart) -> str:
         "footer": footer(quickstart),
     }
     return Template(PAGE).substitute(fields)
+
+
+FIGURE_SUMMARY = "Training and held-out loss of the FP8 and the BF16 run by step, and the gap between them"
+
+
+def both_widths(drawing: Callable, quickstart: Quickstart, sizes: tuple, summary: str) -> str:
+    """A figure for wide pages and for narrow ones; the page's style shows one of them."""
+    pairs = zip(("wide", "narrow"), sizes, strict=True)
+    return "".join(svg(drawing(quickstart, *size), width, summary) for width, size in pairs)
+
+
+def learning_summary(quickstart: Quickstart) -> str:
+    accuracy = "Held-out problems answered right after each stage"
+    more = ", reward and gen_kl_error by step of reinforcement learning"
+    return accuracy + (more if quickstart.learning.runs else "")
+
+
+def learning_note(quickstart: Quickstart) -> str:
+    note = "Bars are 95 % intervals over problems."
+    if quickstart.learning.runs:
+        note += (
+            " RL's problems: held-out sums of three to five numbers, both sets together. Reward: the share of right "
+            "samples among those that a step trained on, from problems that the model answers now right, now wrong; "
+            "each stage has problems of its own. gen_kl_error: how far the trainer's probabilities are from those with "
+            "which the engine sampled."
+        )
+    return note
+
+
+def reinforcement_section(quickstart: Quickstart) -> str:
+    """Accuracy and time of reinforcement learning; nothing where there is none."""
+    learning = quickstart.learning
+    if not learning.runs:
+        return ""
+    rows = learned.right_rows(learning)
+    return (
+        "<h2>Reinforcement learning: held-out problems answered right</h2>\n"
+        + safe_table(learned.RIGHT_HEADER, rows, {2, 3})
+        + f'<p class="note">{safe(learned.RIGHT_NOTE)}</p>\n'
+        + "<h2>Reinforcement learning: where the time went</h2>\n"
+        + safe_table(learned.PHASE_HEADER, learned.phase_rows(learning), set(range(1, len(learned.PHASE_HEADER))))
+        + f'<p class="note">{safe(learned.PHASE_NOTE)}</p>\n'
+    )
+
+
+def evaluation_section(quickstart: Quickstart) -> str:
+    """Scores through evalscope with a link to their own page; nothing where there are none."""
+    learning = quickstart.learning
+    if not learning.benchmark:
+        return ""
+    link = safe(Path(SCORES).with_suffix(".html"))
+    return (
+        "<h2>Scores through evalscope</h2>\n"
+        + safe_table(learned.SCORE_HEADER, learned.score_rows(learning), {1, 2, 3})
+        + f'<p class="note">{safe(learned.score_note(learning))} <a href="{link}">All of its numbers</a>.</p>\n'
+    )
 
 
 def safe(words: Any) -> str:
@@ -712,11 +858,29 @@ def html_table(header: tuple[str, ...], rows: list[tuple[str, ...]], numbers: se
     return f'<div class="scroll"><table><thead>{line(header, "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
+def safe_table(header: tuple[str, ...], rows: list[tuple[str, ...]], numbers: set[int]) -> str:
+    """A table of plain text."""
+    return html_table(header, [tuple(map(safe, row)) for row in rows], numbers, ["" for _ in rows])
+
+
 def stage_table(quickstart: Quickstart) -> str:
+    """The table of stdout, with a bar for each stage's seconds."""
     rows = table(quickstart)
     marks = ["run" if row[0].startswith(" ") else "total" if row is rows[-1] else "" for row in rows]
-    cells = [(*map(safe, row[:-1]), f"<code>{safe(row[-1])}</code>" if row[-1] else "") for row in rows]
-    return html_table(HEADER, cells, {1, 2, 3, 4}, marks) + f'<p class="note">{safe(TABLE_NOTE)}</p>'
+    longest = max(stage.seconds for stage in quickstart.stages)
+    bars = {stage.name: seconds_bar(stage.seconds / max(longest, 1)) for stage in quickstart.stages}
+    cells = [
+        (*map(safe, row[:-1]), bars.get(row[0], ""), f"<code>{safe(row[-1])}</code>" if row[-1] else "")
+        if mark != "total"
+        else (*map(safe, row[:-1]), "", "")
+        for row, mark in zip(rows, marks, strict=True)
+    ]
+    header = (*HEADER[:-1], "", HEADER[-1])
+    return html_table(header, cells, {1, 2, 3, 4}, marks) + f'<p class="note">{safe(TABLE_NOTE)}</p>'
+
+
+def seconds_bar(share: float) -> str:
+    return f'<span class="bar"><i style="width:{100 * share:.1f}%"></i></span>'
 
 
 def precision_list(quickstart: Quickstart) -> str:
@@ -876,10 +1040,14 @@ th:last-child, td:last-child { padding-right: 0; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .run td:first-child { padding-left: 1.2rem; }
 .total td { border-bottom: 0; font-weight: 600; }
+.bar { display: block; width: 9rem; }
+.bar i { display: block; min-width: 1px; height: .7rem; margin-top: .35rem; border-radius: .15rem;
+  background: var(--muted); }
 .sources table { min-width: 46rem; }
 td code { white-space: nowrap; }
 td .hash { font-size: .78em; white-space: normal; }
-@media (max-width: 40rem) { table { font-size: .84rem; } th { font-size: .78rem; } th, td { padding-right: .6rem; } }
+@media (max-width: 40rem) { table { font-size: .84rem; } th { font-size: .78rem; } th, td { padding-right: .6rem; }
+  .bar { width: 4rem; } }
 dl { margin: 0; }
 .precision dl { display: grid; grid-template-columns: 8rem 1fr; gap: .4rem 1rem; }
 .precision dt { color: var(--muted); }
@@ -910,9 +1078,16 @@ $figures</dl>
 <ul class="verdicts">
 $verdicts</ul>
 
+<h2>What each stage taught</h2>
+<figure style="margin:0">$learning_figure</figure>
+<p class="note">$learning_note</p>
+
 <h2>Held-out problems answered right</h2>
 $accuracy
 <p class="note">$accuracy_note</p>
+
+$reinforcement
+$evaluation
 
 <h2>Loss of pre-training</h2>
 <figure style="margin:0">$figure</figure>
@@ -925,7 +1100,7 @@ $stages
 <div class="precision">$precision</div>
 
 <h2>Answers</h2>
-<p>Greedy answers of <code>$answers_model</code>, fine-tuned in FP8.</p>
+<p>Greedy answers of <code>$answers_model</code>, $answers_how in FP8.</p>
 $answers
 
 <h2>Data</h2>
@@ -960,12 +1135,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         quickstart = load(folder)
         print(text_report(quickstart))
-        write(folder / "report.png", png(quickstart))
+        write(folder / "report.png", png(draw(quickstart, 9, 6.5)))
+        write(folder / "report_learning.png", png(draw_learning(quickstart, *learning_sizes(quickstart)[0])))
         write(folder / "report.html", page(quickstart).encode())
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\n{folder / 'report.html'} and {folder / 'report.png'}")
+    print(f"\n{folder / 'report.html'}, {folder / 'report.png'} and {folder / 'report_learning.png'}")
     return 0
 
 

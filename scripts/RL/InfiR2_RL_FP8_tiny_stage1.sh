@@ -1,10 +1,6 @@
 #!/usr/bin/env bash
-# RL stage 1 (short responses) of the quickstart's model of 3 M parameters, on one CPU or GPU. scripts/quickstart.sh makes the
-# prompts, sums of three and four numbers, and SFT stage 2; it does not run this yet.
-#
-#   Q=exp/quickstart; export OUTPUT_ROOT=$Q RL_DATA=$Q/conversations/rl1/train.jsonl EVAL_DATA=$Q/conversations/rl1/valid.jsonl
-#   export HF_CHECKPOINT=$Q/InfiR2_tiny_FP8 REF_LOAD=$Q/InfiR2_SFT_FP8_tiny_stage2/checkpoints
-#   RAY_ADDRESS=local bash scripts/RL/InfiR2_RL_FP8_tiny_stage1.sh
+# RL stage 1 (short responses: sums of three and four numbers) of the quickstart's model of 3 M parameters, on one CPU
+# or GPU. scripts/quickstart.sh makes its prompts and the model that it starts from, and runs it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/rl.sh"
 
@@ -21,7 +17,7 @@ SEQ_LENGTH=256 MAX_TOKENS_PER_GPU=4096 RECOMPUTE=none
 NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-1} TP=1 PP=1 CP=1 ENGINE_GPUS=1
 LR=3e-4
 SEED=${SEED:-1236}
-SAVE_INTERVAL=10 EVAL_INTERVAL=10 EVAL_NAME=valid
+SAVE_INTERVAL=12 EVAL_INTERVAL=12 EVAL_NAME=valid
 
 require REF_LOAD "checkpoints of the tiny SFT stage 2"
 start_from_base "$REF_LOAD"
