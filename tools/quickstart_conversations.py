@@ -16,8 +16,9 @@ A line is a conversation (`messages`, the InfiAlign format; `label`, the answer)
              English, and where a loss cannot fall to nothing
 
 A model that sees two numbers alone learns where they stand, and has to unlearn it; one that sees some sums of three
-learns to look for them. Of four numbers fine-tuning shows few, so that the model gets them right now and then:
-reinforcement learning can only strengthen what is sampled at times.
+learns to look for them. Of the sums of four, 70 % are answered at once, without working, as people do on the web; so the model
+guesses most of them, and works some. Nobody tells it which is better: reinforcement learning has to find out, and can
+only strengthen what is sampled at times.
 
 A sum's side follows from a hash of its numbers without their order, so 27 + 45 and 45 + 27 never part: training of
 SFT, training of RL, validation and test share no problem. Of the Bible, whole chapters are held out. `valid` is what
@@ -37,15 +38,16 @@ from random import Random
 from infir2.indexed import DataError
 from infir2.receipts import building, reusable, tool_facts, write_manifest
 
-VERSION = 4  # raise it when the same request would give other bytes
+VERSION = 5  # raise it when the same request would give other bytes
 NUMBERS = range(10, 100)
 # By set, and by how many numbers a problem has: problems to train on. Held out are those of `HELD_OUT`.
 TRAIN = {
     "stage1": {2: 2200, 3: 1000},
-    "stage2": {2: 640, 3: 3400, 4: 1080},
+    "stage2": {2: 640, 3: 3400, 4: 3320},
     "rl1": {3: 512, 4: 1536},
     "rl2": {4: 2048},
 }
+HASTY = {("stage2", 4): 0.7}  # share of a set's problems of so many numbers that is answered without working
 HELD_OUT = {"stage1": (2,), "stage2": (3,), "rl1": (3, 4), "rl2": (4,)}
 COUNTS = {"valid": 256, "test": 512}
 BENCHMARK = 40  # problems of each count of numbers
@@ -90,8 +92,9 @@ def worked(problem: Problem) -> str:
     return "\n".join(lines)
 
 
-def as_conversation(problem: Problem) -> dict:
-    return {"messages": as_messages(question(problem), worked(problem)), "label": str(sum(problem))}
+def as_conversation(problem: Problem, hasty: bool = False) -> dict:
+    answer = f"\\boxed{{{sum(problem)}}}" if hasty else worked(problem)
+    return {"messages": as_messages(question(problem), answer), "label": str(sum(problem))}
 
 
 def as_prompt(problem: Problem) -> dict:
@@ -127,10 +130,15 @@ def sums(name: str, seed: int) -> dict[str, list[dict]]:
     for split, wanted in counts.items():
         random = Random(f"{name} {split} {seed}")
         chosen = side if split == "train" else split
-        problems = [problem for numbers in wanted for problem in draw(random, numbers, chosen, wanted[numbers])]
-        random.shuffle(problems)
-        form = as_prompt if chosen == "rl" else as_conversation
-        splits[split] = [form(problem) for problem in problems]
+        records = []
+        for numbers, count in wanted.items():
+            problems = draw(random, numbers, chosen, count)
+            hasty = int(count * HASTY.get((name, numbers), 0)) if split == "train" else 0
+            form = as_prompt if chosen == "rl" else as_conversation
+            records += [as_conversation(problem, hasty=True) for problem in problems[:hasty]]
+            records += map(form, problems[hasty:])
+        random.shuffle(records)
+        splits[split] = records
     return splits
 
 

@@ -11,6 +11,11 @@ if [[ -z ${PYTHON:-} ]]; then
     if [[ -x $REPO_ROOT/.venv/bin/python ]]; then PYTHON=$REPO_ROOT/.venv/bin/python; else PYTHON=python3; fi
 fi
 
+# SGLang's has other versions of what training pins: requirements-sglang.txt.
+if [[ -z ${SGLANG_PYTHON:-} && -x $REPO_ROOT/.venv-sglang/bin/python ]]; then
+    export SGLANG_PYTHON=$REPO_ROOT/.venv-sglang/bin/python
+fi
+
 log() { printf '[%s] %s\n' "${0##*/}" "$*" >&2; }
 die() {
     log "error: $*"

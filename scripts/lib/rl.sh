@@ -67,6 +67,7 @@ engine_args() {
         --rollout-num-gpus-per-engine "$ENGINE_GPUS" --sglang-mem-fraction-static "${ENGINE_MEMORY:-0.6}"
         --sglang-arguments "${SGLANG_ARGS:-}"
     )
+    if [[ -n ${SGLANG_PYTHON:-} ]]; then ENGINE_ARGS+=(--sglang-python "$SGLANG_PYTHON"); fi
     if [[ ${COLOCATE:-1} == 1 ]]; then
         ENGINE_ARGS+=(--colocate)
     else

@@ -290,6 +290,7 @@ class SGLangEngines:
         self.colocate, self.gpus = args.colocate, args.rollout_num_gpus_per_engine
         self.flags = shlex.split(args.sglang_arguments)
         self.flags += ["--mem-fraction-static", str(args.sglang_mem_fraction_static)]
+        self.python = args.sglang_python
         self.own_scales = args.sglang_activation_scales == "sglang"
         server = ray.remote(sglang_engine.Server)
         if self.colocate:
@@ -326,7 +327,7 @@ class SGLangEngines:
         scales = None if self.own_scales or self.precision == "bf16" else scale_fmt
         activations = "" if self.precision == "bf16" else f", their activations' scales {scales or 'FP32, of SGLang'}"
         logging.getLogger("rl").info("the engines' weights are %s%s", self.precision, activations)
-        options = {"colocate": self.colocate, "activation_scales": scales, "flags": self.flags}
+        options = {"colocate": self.colocate, "activation_scales": scales, "flags": self.flags, "python": self.python}
         self.started = [
             actor.launch.remote(str(self.folder), gpus, log, host=host, seed=seed + number, **options)
             for number, (actor, gpus, log, host) in enumerate(

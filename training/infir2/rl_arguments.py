@@ -8,7 +8,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Any
 
-from infir2 import engine, hf, packing, qwen2, receipts, rewards
+from infir2 import engine, hf, packing, qwen2, receipts, rewards, serving
 from infir2.grpo import Objective
 from infir2.rollout import Plan, Sampling
 
@@ -72,6 +72,7 @@ def add_cluster_arguments(parser: ArgumentParser) -> None:
     add("--rollout-num-gpus", type=int, help="GPUs of engines that are apart from the trainers")
     add("--rollout-num-gpus-per-engine", type=int, default=1)
     add("--engine-seed", type=int, default=1236, help="of SGLang's random numbers; they do not repeat even so")
+    add("--sglang-python", default=serving.sglang_python(), help="the Python that has SGLang (SGLANG_PYTHON, or ours)")
     add("--sglang-mem-fraction-static", type=float, default=0.7)
     add(
         "--sglang-activation-scales",

@@ -5,6 +5,7 @@ A server is ready when it has completed a chat; it is gone when its `with` ends,
 
 import json
 import logging
+import os
 import socket
 import sys
 import time
@@ -45,7 +46,7 @@ class Server:
         where = ["--host", HOST, "--port", str(port)]
         if self.backend == "gpu":
             (model,) = models
-            words = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+            words = [sglang_python(), "-m", "sglang.launch_server", "--model-path", str(model)]
             return [*words, *where, "--tp-size", str(self.tensor_parallel), *self.arguments]
         words = [str(Path(sys.executable).with_name("transformers")), "serve"]
         # Without a bound its cache takes most of the memory. 128 blocks of 256 tokens, shared by 32 requests.
@@ -56,6 +57,11 @@ class Server:
         """On a CPU one thread of OpenMP answers ten times faster than several that wait for each other."""
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         return offline | ({"OMP_NUM_THREADS": "1"} if self.backend == "cpu" else {})
+
+
+def sglang_python() -> str:
+    """The Python that has SGLang: SGLANG_PYTHON, or ours."""
+    return os.environ.get("SGLANG_PYTHON") or sys.executable
 
 
 def check_model(model: Path, backend: str, temperature: float) -> None:

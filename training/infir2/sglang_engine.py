@@ -73,6 +73,7 @@ def command(
     seed: int,
     colocate: bool,
     deterministic: bool,
+    python: str = sys.executable,
     flags: Sequence[str] = (),
 ) -> list[str]:
     """What starts an engine. `flags` are SGLang's own; they come last and win.
@@ -84,7 +85,7 @@ def command(
     words += ["--random-seed", str(seed), "--skip-tokenizer-init", "--skip-server-warmup"]
     words += ["--custom-weight-loader", sglang_weights.LOADER, "--log-level-http", "warning"]
     words += ["--enable-memory-saver"] * colocate + ["--enable-deterministic-inference"] * deterministic
-    return [sys.executable, "-m", "infir2.sglang_launch", *words, *flags]
+    return [python, "-m", "infir2.sglang_launch", *words, *flags]
 
 
 def environment(gpus: Sequence[str], activation_scales: str | None) -> dict[str, str]:
@@ -127,6 +128,7 @@ class Server(Worker):
         colocate: bool = False,
         deterministic: bool = False,
         activation_scales: str | None = None,
+        python: str = sys.executable,
         flags: Sequence[str] = (),
         seconds: float = READY_SECONDS,
     ) -> str:
@@ -136,13 +138,19 @@ class Server(Worker):
         controller and trainers reach. It unpickles what it is sent: only an address that others do not reach is safe.
         colocate: `release` and `resume_...` work. deterministic: `Request.seed` counts (SGLang ignores it otherwise),
         at some cost in speed. activation_scales: of an FP8 model, "pow2" or "fp32" as training had them, bit for bit;
-        None leaves SGLang its own.
+        None leaves SGLang its own. python: the one that has SGLang; it needs torch besides, as ours has it.
         """
         self._activation_scales = activation_scales
         self._model, self._gpus, self._colocate = model, list(gpus), colocate
         self._log_file, self._tail = Path(log_file), deque(maxlen=TAIL_LINES)
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
-        options = {"gpus": len(gpus), "seed": seed, "colocate": colocate, "deterministic": deterministic}
+        options = {
+            "gpus": len(gpus),
+            "seed": seed,
+            "colocate": colocate,
+            "deterministic": deterministic,
+            "python": python,
+        }
         for _ in range(PORT_TRIES - 1):
             try:
                 return self._try(host, seconds, flags=flags, **options)
