@@ -100,7 +100,7 @@ def main() -> int:
     parser.add_argument("--model", action="append", required=True, metavar="NAME=HF_DIR")
     parser.add_argument("--problems", action="append", required=True, metavar="NAME=JSONL")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     args = parser.parse_args()
     try:
         found = measure(named(args.model), named(args.problems), args.max_new_tokens)
