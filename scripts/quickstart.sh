@@ -150,7 +150,7 @@ evaluation() {
     done
     "$PYTHON" tools/evaluate.py --benchmark aime24 --dataset "$CONVERSATIONS/aime24" "${models[@]}" \
         --samples 1 --max-tokens 160 --temperature 0 --top-p 1 --prompt-template '{question}' \
-        --evalscope "$EVALSCOPE_PYTHON" --output "$QUICKSTART/evaluation"
+        --evalscope "$EVALSCOPE_PYTHON" --output "$QUICKSTART/evaluation" 2>&1 # evalscope says much
 }
 
 bigram() {

@@ -3,7 +3,7 @@
     python tools/quickstart_conversations.py --output DIR [--verses]
 
 Writes DIR/stage1, DIR/stage2, DIR/rl1 and DIR/rl2, each with train.jsonl, valid.jsonl, test.jsonl and manifest.json,
-and DIR/aime24: test.jsonl, 40 test problems of each count of numbers, in the form that evalscope reads.
+and DIR/aime24: test.jsonl, 24 test problems of each count of numbers, in the form that evalscope reads.
 A line is a conversation (`messages`, the InfiAlign format; `label`, the answer); of RL's training sets a prompt
 (`prompt`, `label`). Nothing is downloaded. All numbers are from 10 to 99:
 
@@ -50,7 +50,7 @@ TRAIN = {
 HASTY = {("stage2", 4): 0.7}  # share of a set's problems of so many numbers that is answered without working
 HELD_OUT = {"stage1": (2,), "stage2": (3,), "rl1": (3, 4), "rl2": (4,)}
 COUNTS = {"valid": 256, "test": 512}
-BENCHMARK = 40  # problems of each count of numbers
+BENCHMARK = 24  # problems of each count of numbers
 
 Problem = tuple[int, ...]
 

@@ -17,7 +17,7 @@ from infir2.scores import Estimate
 TRAINING = {"pretraining": "pre-\ntraining", "sft_stage1": "SFT 1", "sft_stage2": "SFT 2"}  # the figure's words
 REINFORCING = {"rl_stage1": "RL 1", "rl_stage2": "RL 2"}
 PARENT = "sft_stage2"  # reinforcement learning starts from it
-PROBLEMS = {"rl1": "three and four numbers", "rl2": "four and five numbers"}  # the held-out problems of each stage
+PROBLEMS = {"rl1": "three and four numbers", "rl2": "four numbers"}  # the held-out problems of each stage
 POOLED = "both"
 BENCHMARK = "aime24"  # evalscope's name of the form in which it asks the held-out sums
 CAST = "FP8"  # the name under which the last model, cast to block FP8, is asked
