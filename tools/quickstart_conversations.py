@@ -16,9 +16,9 @@ A line is a conversation (`messages`, the InfiAlign format; `label`, the answer)
              English, and where a loss cannot fall to nothing
 
 A model that sees two numbers alone learns where they stand, and has to unlearn it; one that sees some sums of three
-learns to look for them. Of the sums of four, 70 % are answered at once, without working, as people do on the web; so the model
-guesses most of them, and works some. Nobody tells it which is better: reinforcement learning has to find out, and can
-only strengthen what is sampled at times.
+learns to look for them. Of the sums of four, 70 % are answered at once, without working, as people do on the web; so
+the model guesses most of them, and works some. Nobody tells it which is better: reinforcement learning has to find out,
+and can only strengthen what is sampled at times.
 
 A sum's side follows from a hash of its numbers without their order, so 27 + 45 and 45 + 27 never part: training of
 SFT, training of RL, validation and test share no problem. Of the Bible, whole chapters are held out. `valid` is what

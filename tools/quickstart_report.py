@@ -772,7 +772,7 @@ def learning_note(quickstart: Quickstart) -> str:
     note = "Bars are 95 % intervals over problems."
     if quickstart.learning.runs:
         note += (
-            " RL's problems: held-out sums of three to five numbers, both sets together. Reward: the share of right "
+            " RL's problems: held-out sums of three and four numbers, both sets together. Reward: the share of right "
             "samples among those that a step trained on, from problems that the model answers now right, now wrong; "
             "each stage has problems of its own. gen_kl_error: how far the trainer's probabilities are from those with "
             "which the engine sampled."
