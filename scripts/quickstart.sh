@@ -9,6 +9,7 @@
 # sampled in FP8 (the tiny model only). It is converted to Hugging Face, cast to block FP8, and answers questions; every
 # stage's answers to held-out problems are counted, and asked for through evalscope. report.html shows all of it.
 # On a CPU the FP8 arithmetic is emulated, scale by scale; on a Hopper GPU it is TransformerEngine's.
+# shellcheck disable=SC2329 # `stage` calls the functions by their names
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/eval.sh"
 
@@ -158,34 +159,38 @@ bigram() {
         mv "$QUICKSTART/bigram.json.tmp" "$QUICKSTART/bigram.json"
 }
 
-stage corpus "$QUICKSTART/corpus" "$PYTHON" tools/quickstart_corpus.py --output "$QUICKSTART/corpus"
-stage conversations "$CONVERSATIONS" "$PYTHON" tools/quickstart_conversations.py --output "$CONVERSATIONS"
-stage base "$HF_CHECKPOINT" base
-stage data "$QUICKSTART/data" "$PYTHON" tools/prepare_data.py cpt --input "$QUICKSTART/corpus/train.jsonl" \
-    --valid-input "$QUICKSTART/corpus/valid.jsonl" --tokenizer "$HF_CHECKPOINT" --output "$QUICKSTART/data"
-stage bigram "$QUICKSTART/bigram.json" bigram
-stage base_torch_dist "$BASE" "$PYTHON" tools/convert_hf_to_torch_dist.py --input-dir "$HF_CHECKPOINT" --output-dir "$BASE"
-stage sft_data1 "$QUICKSTART/sft_data1" sft_data 1
-stage sft_data2 "$QUICKSTART/sft_data2" sft_data 2
-stage pretraining "$QUICKSTART/pretrained" \
-    both pretrained "$QUICKSTART/data" "$BASE" "CPT/InfiR2_CPT_PRECISION_$MODEL"
-stage sft_stage1 "$QUICKSTART/fine_tuned1" \
-    both fine_tuned1 "$QUICKSTART/sft_data1" "$QUICKSTART/InfiR2_CPT_PRECISION_$MODEL/checkpoints" \
-    "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage1"
-stage sft_stage2 "$QUICKSTART/fine_tuned2" \
-    both fine_tuned2 "$QUICKSTART/sft_data2" "$QUICKSTART/InfiR2_SFT_PRECISION_${MODEL}_stage1/checkpoints" \
-    "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage2"
-if [[ $MODEL == tiny ]]; then
-    stage rl_stage1 "$QUICKSTART/reinforced1" reinforce 1 "$TUNED"
-    stage rl_stage2 "$QUICKSTART/reinforced2" reinforce 2 "${REINFORCED[0]}"
-    LAST=${REINFORCED[1]}
-fi
-stage to_hf "$HF" to_hf "$LAST" "$HF"
-stage to_fp8 "$HF_FP8" to_fp8 "$HF" "$HF_FP8"
-stage answers "$QUICKSTART/answers.json" answer
-stage accuracy "$QUICKSTART/accuracy.json" accuracy
-if [[ $MODEL == tiny ]]; then
-    stage evaluation "$QUICKSTART/evaluation/aime24/report" evaluation
-fi
-"$PYTHON" tools/quickstart_report.py "$QUICKSTART"
-log "done in $((SECONDS - started)) s; open $QUICKSTART/report.html"
+# A function, so that bash has read all of this file before the first stage: it may change while the stages run.
+run() {
+    stage corpus "$QUICKSTART/corpus" "$PYTHON" tools/quickstart_corpus.py --output "$QUICKSTART/corpus"
+    stage conversations "$CONVERSATIONS" "$PYTHON" tools/quickstart_conversations.py --output "$CONVERSATIONS"
+    stage base "$HF_CHECKPOINT" base
+    stage data "$QUICKSTART/data" "$PYTHON" tools/prepare_data.py cpt --input "$QUICKSTART/corpus/train.jsonl" \
+        --valid-input "$QUICKSTART/corpus/valid.jsonl" --tokenizer "$HF_CHECKPOINT" --output "$QUICKSTART/data"
+    stage bigram "$QUICKSTART/bigram.json" bigram
+    stage base_torch_dist "$BASE" "$PYTHON" tools/convert_hf_to_torch_dist.py --input-dir "$HF_CHECKPOINT" --output-dir "$BASE"
+    stage sft_data1 "$QUICKSTART/sft_data1" sft_data 1
+    stage sft_data2 "$QUICKSTART/sft_data2" sft_data 2
+    stage pretraining "$QUICKSTART/pretrained" \
+        both pretrained "$QUICKSTART/data" "$BASE" "CPT/InfiR2_CPT_PRECISION_$MODEL"
+    stage sft_stage1 "$QUICKSTART/fine_tuned1" \
+        both fine_tuned1 "$QUICKSTART/sft_data1" "$QUICKSTART/InfiR2_CPT_PRECISION_$MODEL/checkpoints" \
+        "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage1"
+    stage sft_stage2 "$QUICKSTART/fine_tuned2" \
+        both fine_tuned2 "$QUICKSTART/sft_data2" "$QUICKSTART/InfiR2_SFT_PRECISION_${MODEL}_stage1/checkpoints" \
+        "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage2"
+    if [[ $MODEL == tiny ]]; then
+        stage rl_stage1 "$QUICKSTART/reinforced1" reinforce 1 "$TUNED"
+        stage rl_stage2 "$QUICKSTART/reinforced2" reinforce 2 "${REINFORCED[0]}"
+        LAST=${REINFORCED[1]}
+    fi
+    stage to_hf "$HF" to_hf "$LAST" "$HF"
+    stage to_fp8 "$HF_FP8" to_fp8 "$HF" "$HF_FP8"
+    stage answers "$QUICKSTART/answers.json" answer
+    stage accuracy "$QUICKSTART/accuracy.json" accuracy
+    if [[ $MODEL == tiny ]]; then
+        stage evaluation "$QUICKSTART/evaluation/aime24/report" evaluation
+    fi
+    "$PYTHON" tools/quickstart_report.py "$QUICKSTART"
+    log "done in $((SECONDS - started)) s; open $QUICKSTART/report.html"
+}
+run; exit
