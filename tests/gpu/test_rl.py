@@ -9,12 +9,11 @@
         EVAL_DATA=data/conversations/rl2/valid.jsonl python -m pytest -s tests/gpu/test_rl.py
 
 The model is first fine-tuned, shortly and in BF16, on worked sums, so that it is right now and then. ARMS chooses arms,
-STEPS the length of the first; each arm's metrics and logs are copied to OUT, where that is set.
+STEPS the length of the first; each arm's metrics and logs are written to OUT, where that is set.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +114,7 @@ def tuned(tmp_path_factory):
     return found
 
 
-def arm(name: str, tuned: dict[str, str], folder: Path) -> tuple[list[str], dict[str, str]]:
+def arm(name: str, tuned: dict[str, str], folder: Path, checkpoints: Path) -> tuple[list[str], dict[str, str]]:
     trainer, engine, scale_fmt, activations = PAIRS[name]
     model = tuned["bf16"] if engine == "bf16" else tuned[f"fp8-{scale_fmt}"]
     steps = STEPS if name == ARMS[0] else min(STEPS, OTHER_STEPS)
@@ -129,8 +128,8 @@ def arm(name: str, tuned: dict[str, str], folder: Path) -> tuple[list[str], dict
     command = [sys.executable, "-m", "infir2.rl", *shape_flags(model), *MEGATRON, *numbers, *precision.flags(trainer)]
     command += ["--hf-checkpoint", model, "--prompt-data", os.environ["RL_DATA"], "--rollout-shuffle"]
     command += ["--eval-prompt-data", "valid", os.environ["EVAL_DATA"], "--eval-limit", "256"]
-    command += ["--pretrained-checkpoint", tuned["torch_dist"], "--load", str(folder / "checkpoints")]
-    command += ["--save", str(folder / "checkpoints"), "--metrics-file", str(folder / "metrics.jsonl")]
+    command += ["--pretrained-checkpoint", tuned["torch_dist"], "--load", str(checkpoints)]
+    command += ["--save", str(checkpoints), "--metrics-file", str(folder / "metrics.jsonl")]
     command += ["--sglang-mem-fraction-static", "0.5", "--sglang-arguments", SGLANG]
     command += ["--sglang-activation-scales", activations]
     return command, {"SCALE_FMT": scale_fmt}
@@ -143,14 +142,11 @@ def test_arm(name, tuned, tmp_path):
 
     Pins: an engine that goes on with old weights after a sync, a colocated release that loses them.
     """
-    command, environment = arm(name, tuned, tmp_path)
-    status = start(*command, log=tmp_path / "log", **environment).wait()
-    if "OUT" in os.environ:
-        logs = [tmp_path / file for file in ("metrics.jsonl", "log", "logs/engine-0.log", "logs/trainer-0.log")]
-        for file in filter(Path.is_file, logs):
-            shutil.copy(file, Path(os.environ["OUT"]) / f"{name}.{file.name}")
-    assert status == 0, (tmp_path / "log").read_text()[-5000:]
-    found = summary(tmp_path / "metrics.jsonl")
+    folder = Path(os.environ.get("OUT") or tmp_path) / name  # what an arm that is cut off has written stays there
+    folder.mkdir()
+    command, environment = arm(name, tuned, folder, tmp_path / "checkpoints")
+    assert start(*command, log=folder / "log", **environment).wait() == 0, (folder / "log").read_text()[-5000:]
+    found = summary(folder / "metrics.jsonl")
     print(json.dumps(found | {"arm": name}))
     if found["steps"] >= 30:
         assert found["score_last_5"] > found["score_first_5"]
