@@ -54,8 +54,9 @@ def test_a_guarded_process_ends_with_its_parent(number):
     """All of its group, at whatever end of the parent. Pins servers left behind that hold GPUs."""
     mark = f"mark{time.monotonic_ns()}"
     program = f"""
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from infir2.processes import GuardedProcess, exit_on_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 exit_on_signals()
 with GuardedProcess(["sh", "-c", {FAMILY.replace("MARK", mark)!r}], {{}}, subprocess.DEVNULL):
     print("started", flush=True)
