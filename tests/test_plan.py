@@ -1,0 +1,77 @@
+"""tools/plan.py against what was measured, and against what memory must do when a run is divided."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+plan = importlib.import_module("plan")
+
+# docs/results/2026-11-22-h200-step.md: peak GB and seconds of a step.
+MEASURED = {
+    "stock-bf16-ce": (86.50, 1.5442),
+    "stock-fp8-ce": (83.77, 1.4401),
+    "bf16": (64.67, 1.4417),
+    "fp8": (61.95, 1.3352),
+}
+SMALL = plan.Plan(plan.SHAPES["1.5B"], seq_length=8192, micro_batch=2, micro_batches=4)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_measured_runs(name):
+    """Memory within 1 %, time within 3 % (its rates come from these runs: this pins the formulas that use them)."""
+    gigabytes, seconds = MEASURED[name]
+    assert sum(plan.memory(SMALL, plan.WAYS[name]).values()) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    assert sum(plan.seconds(SMALL, plan.WAYS[name], 1.0).values()) == pytest.approx(seconds, rel=0.03)
+
+
+def test_parameters():
+    """Qwen2.5's own counts, without biases and norms. Pins a tied head counted twice, an untied one once."""
+    assert SMALL.parameters == pytest.approx(1.5437e9, rel=2e-4)
+    assert replace(SMALL, shape=plan.SHAPES["7B"]).parameters == pytest.approx(7.6156e9, rel=2e-4)
+
+
+@pytest.mark.parametrize("way", plan.WAYS.values())
+def test_what_is_divided_is_smaller(way):
+    """Pins optimizer state divided by tensor parallelism alone, activations that tensor parallelism leaves whole."""
+    whole, tensor, data, context = (
+        plan.memory(replace(SMALL, **more), way) for more in ({}, {"tensor": 2}, {"data": 2}, {"context": 2})
+    )
+    loss = "logits and loss"
+    assert all(tensor[part] == pytest.approx(whole[part] / 2) for part in whole if part != loss)
+    assert data == whole | {"masters and moments, FP32": whole["masters and moments, FP32"] / 2}
+    assert context["activations"] == pytest.approx(whole["activations"] / 2)
+    recomputed = plan.memory(replace(SMALL, recompute=True), way)
+    assert recomputed["activations"] < whole["activations"] / 8
+    assert sum(plan.seconds(replace(SMALL, recompute=True), way, 1.0).values()) > sum(
+        plan.seconds(SMALL, way, 1.0).values()
+    )
+
+
+@pytest.mark.parametrize("way", plan.WAYS.values())
+def test_the_largest_micro_batch_is_the_last_that_fits(way):
+    """Pins one more than fits, and 0 where one does."""
+    capacity = plan.GPUS["H100"][0]
+    largest = plan.largest_micro_batch(SMALL, way, capacity)
+    held = [sum(plan.memory(replace(SMALL, micro_batch=size), way).values()) for size in (largest, largest + 1)]
+    assert held[0] <= capacity < held[1]
+    assert plan.largest_micro_batch(SMALL, way, 1e9) == 0
+
+
+def test_the_command(tmp_path, capsys):
+    """Prints every part and the comparison; a file without the arms is refused. Pins a comparison of other arms."""
+    arms = {"fp8": {"rounds": [{"seconds": [1.0, 3.0, 2.0], "peak_gb": 60.0}]}, "bf16": {"rounds": []}}
+    (tmp_path / "measured.json").write_text(json.dumps({"arms": arms}))
+    words = ["--shape", "1.5B", "--micro-batch-size", "2", "--compare", str(tmp_path / "measured.json")]
+    assert plan.main(words) == 0
+    found = capsys.readouterr().out
+    assert "logits and loss" in found
+    assert "62.19 60.00 +3.6 %" in found
+    assert " 2.00 " in found.splitlines()[-1]
+    (tmp_path / "measured.json").write_text('{"arms": {}}')
+    assert plan.main(words) == 2
+    assert "holds none of the arms" in capsys.readouterr().err

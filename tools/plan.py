@@ -1,0 +1,279 @@
+#!/usr/bin/env python
+"""Before a run: the memory it needs on each GPU, part by part, and about how long a step takes, in FP8 and in BF16.
+
+    python tools/plan.py --shape 1.5B --seq-length 8192 --micro-batch-size 2
+    python tools/plan.py --shape 7B --seq-length 32768 --tensor-parallel 4 --data-parallel 2 --recompute --gpu H100
+    python tools/plan.py --model models/Qwen2.5-7B --seq-length 8192
+    python tools/plan.py --shape 1.5B --seq-length 8192 --micro-batch-size 2 --compare out/1.5B-8k.json
+
+Four ways to train are planned: stock Megatron with its native fused cross entropy, and ours (the loss fused with the
+head, --fused-linear-cross-entropy --fused-weight-gradient), each in BF16 and in FP8. The largest micro-batch that fits
+is named for each. --compare sets the plan beside what tools/bench_step.py measured.
+
+Memory is counted: what Megatron 0.19 and TransformerEngine 2.20 keep, in bytes a parameter, a token and a logit. It was
+within 1 % of the peaks of four measured runs of one shape (docs/results/2026-11-22-h200-step.md). Time is that same
+measurement, scaled: each kind of kernel by its own operations or bytes. No other shape was measured, so every time is
+given with an interval of 15 % to both sides, which is a guess; communication between GPUs is not in it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench_step import SHAPES
+
+from infir2.qwen2 import Shape
+
+GIGA = 1e9
+TIME_ERROR = 0.15
+# GPU: bytes of memory that a process can have, bytes a second of its memory beside the H200's.
+GPUS = {"H200": (150e9, 1.0), "H100": (84e9, 3.35 / 4.8), "H800": (84e9, 3.35 / 4.8)}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to train: linear layers in FP8, and our parts of the step."""
+
+    fp8: bool
+    ours: bool
+
+
+# Named as tools/bench_step.py's arms.
+WAYS = {
+    "stock-bf16-ce": Way(fp8=False, ours=False),
+    "stock-fp8-ce": Way(fp8=True, ours=False),
+    "bf16": Way(fp8=False, ours=True),
+    "fp8": Way(fp8=True, ours=True),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for. micro_batches: of each GPU's group in a step."""
+
+    shape: Shape
+    seq_length: int
+    micro_batch: int
+    micro_batches: int
+    tensor: int = 1
+    context: int = 1
+    data: int = 1
+    recompute: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch on one GPU, before tensor parallelism."""
+        return self.micro_batch * self.seq_length // self.context
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Elements a token: hidden, width of the feed-forward layer, of all queries, of all keys and values."""
+        shape = self.shape
+        return shape.hidden, shape.ffn, shape.heads * shape.head_size, 2 * shape.kv_heads * shape.head_size
+
+    @property
+    def linear(self) -> int:
+        """Weights of the blocks' linear layers."""
+        hidden, ffn, queries, kv = self.sizes
+        return self.shape.layers * (hidden * (queries + kv) + queries * hidden + 3 * hidden * ffn)
+
+    @property
+    def head(self) -> int:
+        return self.shape.vocab * self.shape.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.linear + self.head * (1 if self.shape.tied else 2)
+
+
+# Memory
+
+
+def activations(plan: Plan, way: Way) -> float:
+    """Bytes a token that one block keeps for its backward pass."""
+    hidden, ffn, queries, kv = plan.sizes
+    code = 1 if way.fp8 else 2  # a linear layer's input is kept as FP8 codes
+    norms = 2 * 2 * hidden  # what both norms were given
+    inputs = code * (2 * hidden + ffn)  # of qkv, fc1 and fc2
+    attention = 2 * (queries + kv) + 2 * queries + 4 * plan.shape.heads  # q, k, v; output; log-sums
+    projection = queries if way.fp8 else 0  # in BF16 it shares the attention's output
+    return norms + inputs + attention + projection + 2 * 2 * ffn  # and what SwiGLU was given
+
+
+def memory(plan: Plan, way: Way) -> dict[str, float]:
+    """Bytes on each GPU, by part."""
+    parameters = plan.parameters / plan.tensor
+    tokens = plan.tokens / plan.tensor  # sequence parallelism
+    whole = activations(plan, way) * tokens
+    kept = 2 * plan.shape.hidden * tokens if plan.recompute else whole
+    logits = plan.tokens * plan.shape.vocab / plan.tensor
+    # Ours computes logits chunk by chunk (3.0 GB measured); stock holds all of them in BF16, and twice in FP32.
+    loss = 3.0e9 * min(1.0, logits / 2.5e9) if way.ours else 10 * logits
+    return {
+        "weights, BF16": 2 * parameters,
+        "weights, FP8 codes, both ways round": 2 * plan.linear / plan.tensor if way.fp8 else 0,
+        "gradients, FP32": 4 * parameters,
+        "masters and moments, FP32": 12 * parameters / (plan.data * plan.context),
+        "activations": kept * plan.shape.layers + (whole if plan.recompute else 0),
+        "logits and loss": loss,
+    }
+
+
+def largest_micro_batch(plan: Plan, way: Way, capacity: float) -> int:
+    """That fits; 0 where not even one does."""
+    largest = 0
+    while sum(memory(replace(plan, micro_batch=largest + 1), way).values()) <= capacity and largest < 1024:
+        largest += 1
+    return largest
+
+
+# Time
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one H200, from the profiles of four runs of the 1.5B shape at 8k tokens."""
+
+    linear_bf16: float = 748e12  # operations a second
+    linear_fp8: float = 1085e12
+    head: float = 827e12
+    attention: float = 490e12
+    quantisation: float = 6.0e11  # elements a second
+    traffic: float = 2.25e12  # bytes a second of SwiGLU, norms, RoPE and the rest
+    loss_stock: float = 11.8e-12  # seconds a logit
+    loss_ours: float = 1.95e-12
+    optimizer: float = 14.0e-12  # seconds a parameter
+    gap_bf16: float = 0.56e-3  # seconds a block and micro-batch in which nothing runs
+    gap_fp8: float = 0.81e-3
+
+
+def seconds(plan: Plan, way: Way, bandwidth: float, rates: Rates = Rates()) -> dict[str, float]:
+    """Of one step, by kind of kernel; without communication. bandwidth: of memory, beside the H200's."""
+    hidden, ffn, queries, kv = plan.sizes
+    tokens = plan.tokens * plan.micro_batches
+    layers, tensor = plan.shape.layers, plan.tensor
+    passes = 4 / 3 if plan.recompute else 1  # a forward pass more
+    causal = 3.5 * 2 * plan.seq_length * queries  # operations a token and block, forward and backward
+    quantised = 4 * hidden + queries + 3 * ffn + (queries + kv)  # inputs and gradients of four layers
+    traffic = 16 * ffn + 2 * 16 * hidden + (4 if way.ours else 6) * (2 * hidden + queries + kv)
+    return {
+        "linear layers": 6
+        * plan.linear
+        * tokens
+        * passes
+        / tensor
+        / (rates.linear_fp8 if way.fp8 else rates.linear_bf16),
+        "head": 6 * plan.head * tokens / tensor / rates.head,
+        "attention": causal * tokens * layers * passes / tensor / rates.attention,
+        "quantisation": quantised * tokens * layers * passes / tensor / rates.quantisation / bandwidth
+        if way.fp8
+        else 0,
+        "elementwise": traffic * tokens * layers * passes / tensor / rates.traffic / bandwidth,
+        "loss": tokens * plan.shape.vocab / tensor * (rates.loss_ours if way.ours else rates.loss_stock) / bandwidth,
+        "optimizer": plan.parameters / tensor / (plan.data * plan.context) * rates.optimizer / bandwidth,
+        "nothing runs": layers * plan.micro_batches * (rates.gap_fp8 if way.fp8 else rates.gap_bf16),
+    }
+
+
+# What is printed
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in [header, *rows])
+    )
+
+
+def by_part(found: dict[str, dict[str, float]], unit: float, digits: int) -> list[list[str]]:
+    """Rows of parts, columns of ways, and the sum."""
+    parts = next(iter(found.values()))
+    rows = [[part, *(f"{values[part] / unit:.{digits}f}" for values in found.values())] for part in parts]
+    return [*rows, ["sum", *(f"{sum(values.values()) / unit:.{digits}f}" for values in found.values())]]
+
+
+def report(plan: Plan, gpu: str) -> str:
+    capacity, bandwidth = GPUS[gpu]
+    held = {name: memory(plan, way) for name, way in WAYS.items()}
+    taken = {name: seconds(plan, way, bandwidth) for name, way in WAYS.items()}
+    step = {name: sum(parts.values()) for name, parts in taken.items()}
+    fits = [str(largest_micro_batch(plan, way, capacity)) for way in WAYS.values()]
+    times = [
+        f"{step[name]:.2f} ({step[name] * (1 - TIME_ERROR):.2f}-{step[name] * (1 + TIME_ERROR):.2f})" for name in WAYS
+    ]
+    ratios = [f"{step[name] / step['stock-bf16-ce']:.2f}" for name in WAYS]
+    rows = [["a step, s", *times], ["of stock BF16", *ratios], ["largest micro-batch", *fits]]
+    return "\n\n".join(
+        [
+            f"{plan.parameters / GIGA:.2f} B parameters on {plan.tensor * plan.context * plan.data} {gpu}, "
+            f"{plan.micro_batch} x {plan.seq_length} tokens a micro-batch, {plan.micro_batches} of them a step",
+            table(["memory of a GPU, GB", *WAYS], by_part(held, GIGA, 1)),
+            table(["time of a step, ms", *WAYS], by_part(taken, 1e-3, 0)),
+            table(["", *WAYS], rows),
+        ]
+    )
+
+
+def compare(plan: Plan, gpu: str, measured: Path) -> str:
+    """The plan beside what was measured, arm by arm."""
+    arms = json.loads(measured.read_text(encoding="utf-8"))["arms"]
+    rows = []
+    for name in (name for name in WAYS if arms.get(name, {}).get("rounds")):
+        rounds = arms[name]["rounds"]
+        times = sorted(value for one in rounds for value in one["seconds"])
+        pairs = (
+            (sum(memory(plan, WAYS[name]).values()) / GIGA, max(one["peak_gb"] for one in rounds)),
+            (sum(seconds(plan, WAYS[name], GPUS[gpu][1]).values()), times[len(times) // 2]),
+        )
+        cells = [f"{planned:.2f} {found:.2f} {100 * (planned / found - 1):+.1f} %" for planned, found in pairs]
+        rows.append([name, *cells])
+    if not rows:
+        raise ValueError(f"{measured} holds none of the arms {', '.join(WAYS)}")
+    return table(["planned, measured, difference", "peak GB", "s a step"], rows)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--shape", choices=sorted(SHAPES))
+    which.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder")
+    add("--layers", type=int, help="this many of the shape's layers")
+    add("--seq-length", type=int, default=8192)
+    add("--micro-batch-size", type=int, default=1)
+    add("--micro-batches", type=int, default=4, help="of a step, one after another")
+    add("--tensor-parallel", type=int, default=1)
+    add("--context-parallel", type=int, default=1)
+    add("--data-parallel", type=int, default=1)
+    add("--recompute", action="store_true", help="every block is computed again for its backward pass")
+    add("--gpu", choices=sorted(GPUS), default="H200")
+    add("--compare", type=Path, metavar="JSON", help="of tools/bench_step.py")
+    args = parser.parse_args(words)
+    try:
+        shape = SHAPES[args.shape] if args.shape else Shape.from_folder(args.model)
+        shape = replace(shape, layers=args.layers) if args.layers else shape
+        plan = Plan(
+            shape,
+            args.seq_length,
+            args.micro_batch_size,
+            args.micro_batches,
+            args.tensor_parallel,
+            args.context_parallel,
+            args.data_parallel,
+            args.recompute,
+        )
+        print(report(plan, args.gpu))
+        if args.compare:
+            print("\n" + compare(plan, args.gpu, args.compare))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
