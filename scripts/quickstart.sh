@@ -6,7 +6,7 @@
 #
 # A Qwen2.5-architecture model is trained through Megatron twice, in FP8 and in BF16 on the same data in the same order:
 # pre-training, then fine-tuning in two stages. The FP8 one goes on with reinforcement learning in two stages, trained and
-# sampled in FP8 (the tiny model only). It is converted to Hugging Face, cast to block FP8, and answers questions; every
+# sampled in FP8 (the tiny model only; on a GPU with SGLang). It is converted to Hugging Face, cast to block FP8, and answers questions; every
 # stage's answers to held-out problems are counted, and asked for through evalscope. report.html shows all of it.
 # On a CPU the FP8 arithmetic is emulated, scale by scale; on a Hopper GPU it is TransformerEngine's.
 # shellcheck disable=SC2329 # `stage` calls the functions by their names
@@ -26,7 +26,7 @@ esac
 
 started=$SECONDS
 set_up
-set_up_evalscope
+if [[ $MODEL == tiny ]]; then set_up_evalscope; fi
 log "set-up: $((SECONDS - started)) s"
 cd "$REPO_ROOT"
 export OUTPUT_ROOT=$QUICKSTART HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
@@ -35,7 +35,12 @@ BASE=$QUICKSTART/base_torch_dist CONVERSATIONS=$QUICKSTART/conversations
 HF=$QUICKSTART/InfiR2_$MODEL HF_FP8=$QUICKSTART/InfiR2_${MODEL}_FP8
 STAGES=$QUICKSTART/stages.tsv
 TUNED=InfiR2_SFT_FP8_${MODEL}_stage2 # what reinforcement learning starts from
-REINFORCED=("InfiR2_RL_FP8_${MODEL}_stage1" "InfiR2_RL_FP8_${MODEL}_stage2")
+REINFORCED=() # runs of reinforcement learning; on a GPU their engine is SGLang, which set-up does not install
+if [[ $MODEL == tiny ]] && { (($(gpu_count) == 0)) || [[ -n ${SGLANG_PYTHON:-} ]]; }; then
+    REINFORCED=("InfiR2_RL_FP8_${MODEL}_stage1" "InfiR2_RL_FP8_${MODEL}_stage2")
+elif [[ $MODEL == tiny ]]; then
+    log "no SGLang here (requirements-sglang.txt, SGLANG_PYTHON): the stages of reinforcement learning are left out"
+fi
 LAST=$TUNED
 mkdir -p "$QUICKSTART"
 
@@ -129,7 +134,7 @@ accuracy() {
         runs+=("InfiR2_${stage/PRECISION/FP8}" "InfiR2_${stage/PRECISION/BF16}")
     done
     hf_of "$TUNED" || return
-    if [[ $MODEL == tiny ]]; then
+    if ((${#REINFORCED[@]})); then
         count_answers rl_accuracy "$TUNED ${REINFORCED[*]}" "rl1 rl2" &
         learner=$!
     fi
@@ -178,7 +183,7 @@ run() {
     stage sft_stage2 "$QUICKSTART/fine_tuned2" \
         both fine_tuned2 "$QUICKSTART/sft_data2" "$QUICKSTART/InfiR2_SFT_PRECISION_${MODEL}_stage1/checkpoints" \
         "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage2"
-    if [[ $MODEL == tiny ]]; then
+    if ((${#REINFORCED[@]})); then
         stage rl_stage1 "$QUICKSTART/reinforced1" reinforce 1 "$TUNED"
         stage rl_stage2 "$QUICKSTART/reinforced2" reinforce 2 "${REINFORCED[0]}"
         LAST=${REINFORCED[1]}

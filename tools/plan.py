@@ -10,10 +10,11 @@ Four ways to train are planned: stock Megatron with its native fused cross entro
 head, --fused-linear-cross-entropy --fused-weight-gradient), each in BF16 and in FP8. The largest micro-batch that fits
 is named for each. --compare sets the plan beside what tools/bench_step.py measured.
 
-Memory is counted: what Megatron 0.19 and TransformerEngine 2.20 keep, in bytes a parameter, a token and a logit. It was
-within 1 % of the peaks of four measured runs of one shape (docs/results/2026-11-22-h200-step.md). Time is that same
-measurement, scaled: each kind of kernel by its own operations or bytes. No other shape was measured, so every time is
-given with an interval of 15 % to both sides, which is a guess; communication between GPUs is not in it.
+Memory is counted: what Megatron 0.19 and TransformerEngine 2.20 keep, in bytes a parameter, a token and a logit; the
+bytes a logit are what was left over of the measured peaks. It is within 1 % of the four runs of one shape that it was
+made with (docs/results/2026-11-22-h200-step.md), and was not held against any other. Time is that same measurement,
+scaled: each kind of kernel by its own operations or bytes. No other shape was measured, so every time is given with an
+interval of 15 % to both sides, which is a guess; communication between GPUs is not in it.
 """
 
 import argparse
