@@ -155,6 +155,17 @@ def test_gap_above_the_gate_is_said(folder, value, said):
     assert verdict(folder, GATE) == f"{said}, in step 2 of rl_stage2; 8 steps)"
 
 
+def test_steps_on_left_over_samples_are_no_gap(folder):
+    """Pins what an update changed, told as a gap between trainer and engine."""
+    steps = [step_line(step) for step in range(1, STEPS + 1)]
+    steps[2]["lag/gen_kl_error"] = 0.5
+    del steps[2]["gap/gen_kl_error"]
+    write_metrics(folder / RUNS["rl_stage2"], steps)
+    assert verdict(folder, GATE) == (
+        "yes (largest 0.000977, in step 4 of rl_stage1; 7 steps, without 1 that sampled nothing anew)"
+    )
+
+
 def test_gate_is_that_of_the_runs():
     """Pins a report that holds runs against another gate than their own."""
     assert rl_arguments.MAX_GEN_KL["fp8"] == learned.GAP_LIMIT

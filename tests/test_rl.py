@@ -149,6 +149,7 @@ def test_learns(whole):
     assert all("seconds/checking_weights" in line for line in steps)
     fresh = [line for line in steps if line["count/left_over"] < PROMPTS]  # not all of an earlier policy
     assert all(0 < line["gap/gen_kl_error"] < 0.003 for line in fresh)
+    assert all("lag/gen_kl_error" in line for line in steps if line not in fresh)
     assert 3 <= len(fresh) < STEPS
     assert "above --max-gen-kl" not in (whole / "output").read_text()
     assert all(line["train/clipped"] < 0.5 for line in steps)

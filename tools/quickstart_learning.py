@@ -27,6 +27,7 @@ GAP_LIMIT = 0.003  # the gate of runs whose engine is in FP8: infir2.rl_argument
 
 # Names in metrics.jsonl (infir2.rl_log).
 SCORE, GAP, EVALUATION = "rollout/score", "gap/gen_kl_error", "eval/valid/mean"
+LAG = "lag/gen_kl_error"  # in place of GAP, in a step that trained on what an earlier policy left over
 PHASES = ("generation", "training", "sync")
 SECONDS = {phase: f"seconds/{phase}" for phase in ("step", *PHASES)}
 
@@ -58,7 +59,7 @@ class Reinforced:
 
     name: str
     reward: dict[int, float]  # mean score of the samples that the step trained on
-    gap: dict[int, float]  # gen_kl_error between trainer and engine, nats per token
+    gap: dict[int, float]  # gen_kl_error between trainer and engine, nats per token, of steps that sampled anew
     evaluated: dict[int, float]  # mean score of greedy answers to validation problems, at some steps from 0 on
     seconds: dict[str, float]  # of all steps: "step" in whole, and each of PHASES
 
@@ -89,14 +90,15 @@ def read_metrics(path: Path, steps: int) -> Reinforced:
             try:
                 values = json.loads(line)
                 if SCORE in values:
-                    taken[values["step"]] = {name: float(values[name]) for name in (SCORE, GAP, *SECONDS.values())}
+                    names = (SCORE, LAG if LAG in values else GAP, *SECONDS.values())
+                    taken[values["step"]] = {name: float(values[name]) for name in names}
                 elif EVALUATION in values:
                     evaluated[values["step"]] = float(values[EVALUATION])
             except (ValueError, LookupError, TypeError) as error:
                 raise ValueError(f"line {number} holds no step and no evaluation ({error!r})") from None
     if taken.keys() != set(range(1, steps + 1)):
         raise ValueError(f"it holds {len(taken)} steps, and the run has the steps from 1 to {steps}")
-    curves = [{step: taken[step][name] for step in sorted(taken)} for name in (SCORE, GAP)]
+    curves = [{step: taken[step][name] for step in sorted(taken) if name in taken[step]} for name in (SCORE, GAP)]
     seconds = {phase: sum(values[name] for values in taken.values()) for phase, name in SECONDS.items()}
     return Reinforced(path.parent.name, *curves, dict(sorted(evaluated.items())), seconds)
 
@@ -221,10 +223,12 @@ def gain_verdict(learning: Learning) -> Verdict:
 def gap_verdict(learning: Learning) -> Verdict:
     found = [(gap, step, stage) for stage, run in learning.runs.items() for step, gap in run.gap.items()]
     largest, step, stage = max(found, key=lambda one: (one[0] != one[0], one[0]))  # a NaN is the largest
+    lagging = sum(len(run.reward) for run in learning.runs.values()) - len(found)
     return Verdict(
         f"trainer and engine agree: gen_kl_error at most {GAP_LIMIT:g} in every step",
         largest <= GAP_LIMIT,
-        f"largest {largest:.3g}, in step {step} of {stage}; {len(found)} steps",
+        f"largest {largest:.3g}, in step {step} of {stage}; {len(found)} steps"
+        + (f", without {lagging} that sampled nothing anew" if lagging else ""),
     )
 
 

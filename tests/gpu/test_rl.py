@@ -153,10 +153,10 @@ def test_arm(name, tuned, tmp_path):
 
 
 def summary(path: Path) -> dict:
-    """Means over the steps but the first two, and the evaluations."""
+    """Means over the steps but the first, where they sampled anew, and the evaluations."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [line for line in lines if "rollout/score" in line]
-    later = steps[2:]
+    later = [line for line in steps[1:] if "gap/gen_kl_error" in line]
     chosen = ("gap/gen_kl_error", "gap/mean_abs", "gap/p99_abs", "gap/token_mult_prob_error", "gap/tis_clipped")
     seconds = [name for name in steps[0] if name.startswith(("seconds/", "speed/"))]
     kl = [line["gap/gen_kl_error"] for line in later]

@@ -104,14 +104,14 @@ class Run:
             if len(batch.tokens) > self.args.global_batch_size:  # several updates: the ratios' denominator first
                 batch = batch.with_old(self.trainers.log_probabilities(batch))
             metrics, seen = self.trainers.train(batch)
-        gap = self.check_gap(step, samples, batch, seen if batch.old is None else batch.old)
+        gap, of_engine = self.check_gap(step, samples, batch, seen if batch.old is None else batch.old)
         self.sync()
         done = step + 1
         last = done == self.args.num_rollout
         if self.evaluations and (last or done % self.args.eval_interval == 0):
             self.evaluate(done)
         now = time.perf_counter()
-        self.log.step(done, collected, gap, metrics, self.seconds, now - self.since)
+        self.log.step(done, collected, gap, of_engine, metrics, self.seconds, now - self.since)
         self.log.samples(done, collected.groups[:SHOWN_SAMPLES], self.source.prompts, self.decode)
         self.since, self.seconds = now, {}
         if last or done % self.args.save_interval == 0:  # after the log, since a resume does not come back to this step
@@ -126,22 +126,23 @@ class Run:
             with self.phase("checking weights"):
                 self.engines.check(self.trainers)
 
-    def check_gap(self, step: int, samples: list[rollout.Sample], batch, old: np.ndarray) -> grpo.Gap:
-        """Measure the gap on what this step's policy generated, and hold it against the gate."""
+    def check_gap(self, step: int, samples: list[rollout.Sample], batch, old: np.ndarray) -> tuple[grpo.Gap, bool]:
+        """Measure the gap on what this step's policy generated, and hold it against the gate. Where all was left over,
+        the gap shows the updates since too, and is no fault of the engine: it is measured on everything, and False."""
         fresh = np.array([all(version == step for version, _ in sample.versions) for sample in samples])
         gated = fresh.any()
         if not gated:
-            fresh[:] = True  # all was left over: what this shows is the last update too, and is no fault of the engine
+            fresh[:] = True
         lengths = np.diff(batch.boundaries)
         tokens = np.repeat(fresh, lengths)
         boundaries = np.concatenate([[0], np.cumsum(lengths[fresh])])
         old, ours = old[tokens], batch.rollout[tokens]
         gap = grpo.gap(old, ours, boundaries, self.objective)
         if not gated:
-            return gap
+            return gap, False
         if gap.gen_kl_error <= self.gate:
             self.above_gate = 0
-            return gap
+            return gap, True
         self.above_gate += 1
         path = self.folder / f"gap_step_{step + 1:07d}.jsonl"
         chosen = [sample for sample, is_fresh in zip(samples, fresh, strict=True) if is_fresh]
@@ -153,7 +154,7 @@ class Run:
         if self.above_gate >= self.args.max_gen_kl_steps:
             raise GapError(f"{said}. Compare the engine's weights with --check-weights; docs/RL.md, 'The gap'")
         log.warning("%s", said)
-        return gap
+        return gap, True
 
     def evaluate(self, step: int) -> None:
         """Score the evaluation sets with settings of their own."""

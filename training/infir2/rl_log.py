@@ -77,16 +77,18 @@ class StepLog:
         step: int,
         collected: Collected,
         gap: Gap,
+        of_engine: bool,
         training: dict[str, float],
         seconds: dict[str, float],
         total: float,
     ) -> None:
-        """What step `step`, counted from 1, did."""
+        """What step `step`, counted from 1, did. of_engine: the gap is between trainer and engine, and not of samples
+        that an earlier policy left over."""
         generated = collected.counts["generated_tokens"]
         trained = sum(len(sample.tokens) for group in collected.groups for sample in group.samples)
         values = {
             **rollout_values(collected),
-            **{f"gap/{name}": value for name, value in gap.as_dict().items()},
+            **{f"{'gap' if of_engine else 'lag'}/{name}": value for name, value in gap.as_dict().items()},
             **{f"train/{name.replace(' ', '_')}": value for name, value in training.items()},
             "speed/generated_tokens_per_second": generated / max(seconds["generation"], 1e-9),
             "speed/trained_tokens_per_second": trained / max(seconds["training"], 1e-9),
@@ -95,12 +97,13 @@ class StepLog:
         }
         self._write(step, values)
         log.info(
-            "step %d of %d: reward %.3f, length %.0f, gen_kl_error %.5f, %.1f s (%s)",
+            "step %d of %d: reward %.3f, length %.0f, gen_kl_error %.5f%s, %.1f s (%s)",
             step,
             self.args.num_rollout,
             values["rollout/score"],
             values["rollout/length"],
             gap.gen_kl_error,
+            "" if of_engine else " (all of an earlier policy)",
             total,
             ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05),
         )
