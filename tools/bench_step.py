@@ -178,14 +178,12 @@ def _write_result(arguments: argparse.Namespace, clock: Clock, losses: list) -> 
     from megatron.training.training import num_floating_point_operations
 
     args = get_args()
+    totals = _loss_of_steps(losses)
     if args.rank != 0:
         return
-    by_step: dict[int, np.ndarray] = {}
-    for iteration, value in losses:
-        by_step[iteration] = by_step.get(iteration, 0) + value.float().cpu().numpy()
     result = {
         "seconds": clock.seconds,
-        "losses": [float(total / count) for total, count in by_step.values()],
+        "losses": [float(total / count) for total, count in totals],
         "flops": num_floating_point_operations(args, args.global_batch_size),
         "tokens": args.global_batch_size * args.seq_length,
         "gpus": args.world_size,
@@ -195,6 +193,19 @@ def _write_result(arguments: argparse.Namespace, clock: Clock, losses: list) -> 
         **clock.memory,
     }
     arguments.worker.write_text(json.dumps(result))
+
+
+def _loss_of_steps(losses: list) -> list:
+    """[sum of the tokens' losses, tokens] of each step, over all micro-batches of all data-parallel ranks."""
+    import torch
+    from megatron.core import parallel_state
+
+    by_step: dict[int, torch.Tensor] = {}
+    for iteration, value in losses:
+        by_step[iteration] = by_step.get(iteration, 0) + value.float()
+    totals = torch.stack(list(by_step.values()))
+    torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return totals.tolist()
 
 
 def leave() -> None:

@@ -131,6 +131,11 @@ class Gap:
     token_mult_prob_error: float
     tis_clipped: float
 
+    @property
+    def gen_kl_low(self) -> float:
+        """The lower end of gen_kl_error's 95 % interval; the estimate itself where one sample gives no interval."""
+        return self.gen_kl_error - 1.96 * np.nan_to_num(self.gen_kl_standard_error)
+
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
 

@@ -127,28 +127,29 @@ class Run:
                 self.engines.check(self.trainers)
 
     def check_gap(self, step: int, samples: list[rollout.Sample], batch, old: np.ndarray) -> tuple[grpo.Gap, bool]:
-        """Measure the gap on what this step's policy generated, and hold it against the gate. Where all was left over,
-        the gap shows the updates since too, and is no fault of the engine: it is measured on everything, and False."""
-        fresh = np.array([all(version == step for version, _ in sample.versions) for sample in samples])
-        gated = fresh.any()
+        """Measure the gap on the tokens that this step's policy generated, and hold it against the gate. Where all were
+        left over, the gap shows the updates since too, and is no fault of the engine: it is of all tokens, and False.
+        """
+        versions, counts = zip(*(part for sample in samples for part in sample.versions), strict=True)
+        fresh = np.repeat(versions, counts) == step
+        gated = bool(fresh.any())
         if not gated:
             fresh[:] = True
-        lengths = np.diff(batch.boundaries)
-        tokens = np.repeat(fresh, lengths)
-        boundaries = np.concatenate([[0], np.cumsum(lengths[fresh])])
-        old, ours = old[tokens], batch.rollout[tokens]
+        ends = np.concatenate([[0], np.cumsum(fresh)])[batch.boundaries]
+        chosen = [sample for sample, count in zip(samples, np.diff(ends), strict=True) if count]
+        old, ours, boundaries = old[fresh], batch.rollout[fresh], np.unique(ends)
         gap = grpo.gap(old, ours, boundaries, self.objective)
         if not gated:
             return gap, False
-        if gap.gen_kl_error <= self.gate:
+        if gap.gen_kl_low <= self.gate:
             self.above_gate = 0
             return gap, True
         self.above_gate += 1
         path = self.folder / f"gap_step_{step + 1:07d}.jsonl"
-        chosen = [sample for sample, is_fresh in zip(samples, fresh, strict=True) if is_fresh]
         self.log.dump_gap(path, chosen, grpo.sample_kl(old, ours, boundaries), old, boundaries, self.decode)
         said = (
-            f"step {step + 1}: gen_kl_error {gap.gen_kl_error:.5f} is above --max-gen-kl {self.gate:g} "
+            f"step {step + 1}: gen_kl_error {gap.gen_kl_error:.5f} (at least {gap.gen_kl_low:.5f} with its noise) is "
+            f"above --max-gen-kl {self.gate:g} "
             f"(step {self.above_gate} of {self.args.max_gen_kl_steps} in a row); worst samples in {path}"
         )
         if self.above_gate >= self.args.max_gen_kl_steps:

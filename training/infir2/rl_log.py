@@ -148,18 +148,20 @@ class StepLog:
         boundaries: np.ndarray,
         decode,
     ) -> None:
-        """Write the samples that trainer and engine disagree about most, token by token."""
+        """Write the samples that trainer and engine disagree about most, token by token: of each sample its last ones,
+        as many as `boundaries` say."""
         lines = []
         for index in np.argsort(-kl)[:WORST_SAMPLES].tolist():
             sample, (first, last) = samples[index], boundaries[index : index + 2]
+            counted = slice(len(sample.tokens) - (last - first), None)
             lines.append(
                 {
                     "sample": sample.id,
                     "gen_kl_error": float(kl[index]),
                     "response": decode(sample.tokens),
-                    "tokens": sample.tokens,
+                    "tokens": sample.tokens[counted],
                     "train_logprobs": [round(float(x), 6) for x in old[first:last]],
-                    "rollout_logprobs": [round(x, 6) for x in sample.logprobs],
+                    "rollout_logprobs": [round(x, 6) for x in sample.logprobs[counted]],
                 }
             )
         partial = path.with_suffix(".partial")
