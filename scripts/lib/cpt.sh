@@ -29,11 +29,12 @@ launch_cpt() {
     take_launcher_flags "$@"
     use_backend "$NPROC"
     backend_args
+    speed_args
     train_data
     log_args
     wandb_args
     local args=(
-        "${MODEL_ARGS[@]}" "${PRECISION_ARGS[@]}" "${BACKEND_ARGS[@]}"
+        "${MODEL_ARGS[@]}" "${PRECISION_ARGS[@]}" "${BACKEND_ARGS[@]}" "${SPEED_ARGS[@]}"
         --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
         --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH"
         --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"

@@ -19,6 +19,14 @@ backend_args() {
     )
 }
 
+# speed_args: set SPEED_ARGS, which make a GPU's steps faster and change nothing that is learned (docs/performance.md).
+# FUSED=0 leaves them out. Reinforcement learning needs logits, so it has neither.
+speed_args() {
+    SPEED_ARGS=()
+    [[ $BACKEND == gpu && ${FUSED:-1} == 1 ]] || return 0
+    SPEED_ARGS=(--fused-linear-cross-entropy --fused-weight-gradient)
+}
+
 # log_args: set LOG_ARGS. TensorBoard is always on.
 log_args() {
     LOG_ARGS=(--log-interval 1 --log-throughput --log-timers-to-tensorboard --tensorboard-dir "$RUN_DIR/tensorboard")

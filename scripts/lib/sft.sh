@@ -14,10 +14,11 @@ launch_sft() {
     find_ray
     use_ray_backend
     backend_args
+    speed_args
     log_args
     wandb_args
     local args=(
-        "${MODEL_ARGS[@]}" "${PRECISION_ARGS[@]}" "${BACKEND_ARGS[@]}"
+        "${MODEL_ARGS[@]}" "${PRECISION_ARGS[@]}" "${BACKEND_ARGS[@]}" "${SPEED_ARGS[@]}"
         --sft-data "$DATA_DIR" --num-epoch "$EPOCHS" --seed "$SEED"
         --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
         --global-batch-size "$GLOBAL_BATCH" --use-dynamic-batch-size --max-tokens-per-gpu "$MAX_TOKENS_PER_GPU"
