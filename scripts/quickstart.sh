@@ -124,25 +124,35 @@ count_answers() {
         models+=(--model "$run=$QUICKSTART/hf/$run")
     done
     for problems in $3; do sets+=(--problems "$problems=$CONVERSATIONS/$problems/test.jsonl"); done
-    "$PYTHON" tools/answer_accuracy.py "${models[@]}" "${sets[@]}" --output "$QUICKSTART/$1.json"
+    "$PYTHON" tools/answer_accuracy.py "${models[@]}" "${sets[@]}" --max-new-tokens 160 \
+        --output "$QUICKSTART/$1.json"
 }
 
-# accuracy: both precisions' fine-tuned models, and beside them those of reinforcement learning.
+# accuracy: both precisions' models before reinforcement learning.
 accuracy() {
-    local stage runs=() learner=
+    local stage runs=()
     for stage in "CPT_PRECISION_$MODEL" "SFT_PRECISION_${MODEL}_stage1" "SFT_PRECISION_${MODEL}_stage2"; do
         runs+=("InfiR2_${stage/PRECISION/FP8}" "InfiR2_${stage/PRECISION/BF16}")
     done
-    hf_of "$TUNED" || return
-    if ((${#REINFORCED[@]})); then
-        count_answers rl_accuracy "$TUNED ${REINFORCED[*]}" "rl1 rl2" &
-        learner=$!
-    fi
-    count_answers accuracy "${runs[*]}" "stage1 stage2" && { [[ -z $learner ]] || wait "$learner"; }
+    count_answers accuracy "${runs[*]}" "stage1 stage2"
+}
+
+# beside COMMAND...: run it in a process group of its own while the next stages run; `join` waits for it. Ends with us.
+beside() {
+    set -m
+    "$@" &
+    BESIDE=$!
+    set +m
+    trap 'kill -- "-$BESIDE" 2>/dev/null' EXIT
+}
+
+join() {
+    wait "$BESIDE"
+    trap - EXIT
 }
 
 answer() {
-    "$PYTHON" tools/generate.py --model "$HF" --chat --prompt "What is 27 + 45?" --prompt "What is 58 + 67 + 89?" \
+    "$PYTHON" tools/generate.py --model "$HF" --chat --max-new-tokens 160 --prompt "What is 27 + 45?" --prompt "What is 58 + 67 + 89?" \
         --prompt "What is 99 + 99 + 99?" >"$QUICKSTART/answers.json.tmp" &&
         mv "$QUICKSTART/answers.json.tmp" "$QUICKSTART/answers.json"
 }
@@ -155,7 +165,7 @@ evaluation() {
         models+=(--model "$run=$QUICKSTART/hf/$run")
     done
     "$PYTHON" tools/evaluate.py --benchmark aime24 --dataset "$CONVERSATIONS/aime24" "${models[@]}" \
-        --samples 1 --max-tokens 160 --temperature 0 --top-p 1 --prompt-template '{question}' \
+        --samples 1 --max-tokens 176 --temperature 0 --top-p 1 --prompt-template '{question}' \
         --evalscope "$EVALSCOPE_PYTHON" --output "$QUICKSTART/evaluation" 2>&1 # evalscope says much
 }
 
@@ -183,18 +193,25 @@ run() {
     stage sft_stage2 "$QUICKSTART/fine_tuned2" \
         both fine_tuned2 "$QUICKSTART/sft_data2" "$QUICKSTART/InfiR2_SFT_PRECISION_${MODEL}_stage1/checkpoints" \
         "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage2"
+    stage tuned_to_hf "$QUICKSTART/hf/$TUNED" hf_of "$TUNED"
+    beside stage accuracy "$QUICKSTART/accuracy.json" accuracy # it and the stages of reinforcement learning take a core each
     if ((${#REINFORCED[@]})); then
         stage rl_stage1 "$QUICKSTART/reinforced1" reinforce 1 "$TUNED"
         stage rl_stage2 "$QUICKSTART/reinforced2" reinforce 2 "${REINFORCED[0]}"
         LAST=${REINFORCED[1]}
     fi
+    join
     stage to_hf "$HF" to_hf "$LAST" "$HF"
     stage to_fp8 "$HF_FP8" to_fp8 "$HF" "$HF_FP8"
     stage answers "$QUICKSTART/answers.json" answer
-    stage accuracy "$QUICKSTART/accuracy.json" accuracy
+    if ((${#REINFORCED[@]})); then
+        beside stage rl_accuracy "$QUICKSTART/rl_accuracy.json" \
+            count_answers rl_accuracy "$TUNED ${REINFORCED[*]}" "rl1 rl2"
+    fi
     if [[ $MODEL == tiny ]]; then
         stage evaluation "$QUICKSTART/evaluation/aime24/report" evaluation
     fi
+    join
     "$PYTHON" tools/quickstart_report.py "$QUICKSTART"
     log "done in $((SECONDS - started)) s; open $QUICKSTART/report.html"
 }

@@ -205,7 +205,7 @@ def read_learning(folder: Path, model: str, results: dict[str, Path]) -> Learnin
             with blaming(metrics, stage, results, folder / name):
                 runs[stage] = learned.read_metrics(metrics, steps)
         measured = {learned.PARENT: run_names(model)[learned.PARENT]["FP8"]} | names
-        with blaming(folder / "rl_accuracy.json", "accuracy", results):
+        with blaming(folder / "rl_accuracy.json", "rl_accuracy", results):
             right = learned.read_right(folder / "rl_accuracy.json", measured)
     if "evaluation" in results:
         with blaming(folder / SCORES, "evaluation", results):
@@ -519,7 +519,10 @@ def table(quickstart: Quickstart) -> list[Row]:
     return [*rows, ("total", "", "", "", f"{total:,}", "")]
 
 
-TABLE_NOTE = "Losses are of single training steps, nats per token; a run's seconds are those of its steps alone."
+TABLE_NOTE = (
+    "Losses are of single training steps, nats per token; a run's seconds are those of its steps alone. Answers are "
+    "counted beside the stages that follow, so the total is more than it took."
+)
 
 
 def text_report(quickstart: Quickstart) -> str:
