@@ -189,6 +189,24 @@ def test_killed_anywhere(folder, whole, cluster):
     assert [key for key in expected if not torch.equal(ours[key], expected[key])] == []
 
 
+def test_controller_killed_with_a_ray_of_its_own(folder, whole, cluster):
+    """As the scripts start it on one machine. SIGKILL of the controller: its Ray, trainer and engine end too, and the
+    same command goes on to the same metrics. Pins a Ray, and a model in memory, that outlive their run."""
+    run, environment = folder / "own_ray", {**cluster, "RAY_ADDRESS": "local"}
+    launch = Launch(folder, run, environment)
+    launch.wait_for_steps(SAVE_INTERVAL + 1)
+    processes = launch.processes()
+    names = {name for name in processes if not name.isdigit()}
+    assert names == {"Trainer", "TransformersProcess"}
+    assert any("raylet" in process.name() for process in processes.values())
+    launch.process.kill()
+    launch.end(-signal.SIGKILL)
+    _, alive = psutil.wait_procs(list(processes.values()), timeout=60)
+    assert not alive
+    assert "resuming after step" in Launch(folder, run, environment).end(0)
+    assert exact(run / "metrics.jsonl") == exact(whole / "metrics.jsonl")
+
+
 class Dump:
     def dump_gap(self, path, samples, kl, old, boundaries, decode):
         self.lengths = {sample.id: int(n) for sample, n in zip(samples, boundaries[1:] - boundaries[:-1], strict=True)}
