@@ -205,6 +205,7 @@ run() {
     stage to_fp8 "$HF_FP8" to_fp8 "$HF" "$HF_FP8"
     stage answers "$QUICKSTART/answers.json" answer
     if ((${#REINFORCED[@]})); then
+        stage reinforced_to_hf "$QUICKSTART/hf/$LAST" hf_of "$LAST" # both of the next two read it
         beside stage rl_accuracy "$QUICKSTART/rl_accuracy.json" \
             count_answers rl_accuracy "$TUNED ${REINFORCED[*]}" "rl1 rl2"
     fi
