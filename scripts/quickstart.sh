@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, then run the recipe on this machine: about 35 minutes on 2 CPU cores. Run again, it reuses what is there.
+# Set up, then run the recipe on this machine: 20 to 45 minutes on 2 CPU cores. Run again, it reuses what is there.
 #
 #   bash scripts/quickstart.sh                          # a tiny model, random at first; on a CPU or a GPU
 #   MODEL=smollm2-135m bash scripts/quickstart.sh       # SmolLM2-135M-Instruct; on a Hopper GPU
