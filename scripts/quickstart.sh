@@ -6,8 +6,9 @@
 #
 # A Qwen2.5-architecture model is trained through Megatron twice, in FP8 and in BF16 on the same data in the same order:
 # pre-training, then fine-tuning in two stages. The FP8 one goes on with reinforcement learning in two stages, trained and
-# sampled in FP8 (the tiny model only; on a GPU with SGLang). It is converted to Hugging Face, cast to block FP8, and answers questions; every
-# stage's answers to held-out problems are counted, and asked for through evalscope. report.html shows all of it.
+# sampled in FP8 (the tiny model only; on a GPU with SGLang). It is converted to Hugging Face, cast to block FP8, and
+# answers questions; every stage's answers to held-out problems are counted, and asked for through evalscope.
+# report.html shows all of it.
 # On a CPU the FP8 arithmetic is emulated, scale by scale; on a Hopper GPU it is TransformerEngine's.
 # shellcheck disable=SC2329 # `stage` calls the functions by their names
 set -euo pipefail
@@ -152,8 +153,8 @@ join() {
 }
 
 answer() {
-    "$PYTHON" tools/generate.py --model "$HF" --chat --max-new-tokens 160 --prompt "What is 27 + 45?" --prompt "What is 58 + 67 + 89?" \
-        --prompt "What is 99 + 99 + 99?" >"$QUICKSTART/answers.json.tmp" &&
+    "$PYTHON" tools/generate.py --model "$HF" --chat --max-new-tokens 160 --prompt "What is 27 + 45?" \
+        --prompt "What is 58 + 67 + 89?" --prompt "What is 99 + 99 + 99?" >"$QUICKSTART/answers.json.tmp" &&
         mv "$QUICKSTART/answers.json.tmp" "$QUICKSTART/answers.json"
 }
 

@@ -19,7 +19,7 @@ backend_args() {
     )
 }
 
-# speed_args: set SPEED_ARGS, which make a GPU's steps faster and change nothing that is learned (docs/performance.md).
+# speed_args: set SPEED_ARGS, which make a GPU's steps faster and leave the maths as it is (docs/performance.md).
 # FUSED=0 leaves them out. Reinforcement learning needs logits, so it has neither.
 speed_args() {
     SPEED_ARGS=()
