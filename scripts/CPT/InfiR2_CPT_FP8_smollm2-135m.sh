@@ -16,7 +16,7 @@ SEQ_LENGTH=512 GLOBAL_BATCH=32 MICRO_BATCH=8
 NPROC=1 TP=1 PP=1 CP=1 # 3 KV groups: no tensor parallelism
 WARMUP_ITERS=10 TRAIN_ITERS=120 DECAY_ITERS=40
 LR=2e-4 MIN_LR=2e-5
-SEED=1236
+SEED=${SEED:-1236}
 SAVE_INTERVAL=60 EVAL_INTERVAL=30 EVAL_ITERS=2 # 2 x 32 sequences: most of what is held out
 
 require REF_LOAD "torch_dist folder of the base model"

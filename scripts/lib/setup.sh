@@ -1,11 +1,13 @@
 # shellcheck shell=bash
 # Set-up for quickstart.sh and test.sh: a Python 3.12 or newer, .venv, the exact pins. Source it, call set_up.
-# The second call does nothing: a stamp in .venv holds the hash of what was installed.
+# The second call does nothing: a stamp in .venv holds the hash of what was installed. SET_UP=0 takes PYTHON, or the
+# python on PATH, as it is: in a container, or with a cluster's module, that has everything.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 VENV=$REPO_ROOT/.venv
 
 set_up() {
+    [[ ${SET_UP:-1} != 0 ]] || return 0
     local requirements=("$REPO_ROOT/requirements.txt") stamp
     if (($(gpu_count) > 0)); then requirements+=("$REPO_ROOT/requirements-gpu.txt"); fi
     stamp=$(cat "${requirements[@]}" "$REPO_ROOT/pyproject.toml" | cksum)

@@ -1,4 +1,4 @@
-"""A benchmark script against a real SGLang server on a Hopper GPU.
+"""The benchmark scripts against a real SGLang server on a Hopper GPU.
 
     export MODEL=exp/quickstart/InfiR2_tiny MODEL_FP8=exp/quickstart/InfiR2_tiny_FP8
     export SGLANG_ARGS="--attention-backend triton --sampling-backend pytorch --grammar-backend none ..."
@@ -18,11 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from eval_local import write_lines, write_livecodebench
 
-from infir2 import serving
+from infir2 import sandbox, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS, SAMPLES, MAX_TOKENS = 16, 4, 64
+FOLDERS = {"aime24": "aime24", "aime25": "aime25", "gpqa": "gpqa", "livecodebenchv5": "lcb"}
 EVALSCOPE = os.environ.get("EVALSCOPE_PYTHON", str(ROOT / ".venv-eval/bin/python"))
 
 pytestmark = pytest.mark.skipif(
@@ -39,6 +41,7 @@ def has_evalscope() -> bool:
 
 def gpu_processes() -> set[str]:
     command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    command += ["-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0")]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
@@ -48,6 +51,19 @@ def gone(before: set[str]) -> bool:
     while (left := gpu_processes() - before) and time.monotonic() < deadline:
         time.sleep(0.5)
     return not left
+
+
+def write_problems(benchmark: str, folder: Path) -> None:
+    """PROBLEMS small problems in the benchmark's layout."""
+    if benchmark == "livecodebenchv5":
+        write_livecodebench(folder, ["2024-10-01"] * PROBLEMS)
+    elif benchmark == "gpqa":
+        wrong = {f"Incorrect Answer {n}": str(90 + n) for n in (1, 2, 3)}
+        lines = [{"Question": f"What is {n} + 1?", "Correct Answer": str(n + 1), **wrong} for n in range(PROBLEMS)]
+        write_lines(folder / "train.jsonl", lines)
+    else:
+        lines = [{"problem": f"What is {n} + 27?", "answer": str(n + 27)} for n in range(PROBLEMS)]
+        write_lines(folder / "test.jsonl", lines)
 
 
 @pytest.mark.parametrize("variable", ["MODEL", "MODEL_FP8"])
@@ -73,24 +89,27 @@ def test_server(variable, tmp_path):
     )
 
 
-def test_script(tmp_path):
-    """aime24_eval.sh for both models, side by side in one report. Pins a chain that holds on a CPU alone."""
+@pytest.mark.parametrize("benchmark", FOLDERS)
+def test_script(benchmark, tmp_path):
+    """BENCHMARK_eval.sh for both models, side by side in one report. Pins a chain that holds on a CPU alone."""
     if not has_evalscope():
         pytest.skip(f"{EVALSCOPE} has no evalscope: the script was not run, the server alone")
+    if benchmark == "livecodebenchv5" and (why := sandbox.missing()):
+        pytest.skip(f"no sandbox can be made here, so model-written code is not run: {why}")
     before = gpu_processes()
-    (tmp_path / "aime24").mkdir()
-    lines = [json.dumps({"problem": f"What is {n} + 27?", "answer": str(n + 27)}) for n in range(PROBLEMS)]
-    (tmp_path / "aime24/test.jsonl").write_text("\n".join(lines) + "\n")
+    write_problems(benchmark, tmp_path / FOLDERS[benchmark])
     models = [word for name in ("MODEL", "MODEL_FP8") for word in ("--model", f"{name}={os.environ[name]}")]
-    command = ["bash", str(ROOT / "scripts/eval/aime24_eval.sh"), *models]
+    command = ["bash", str(ROOT / f"scripts/eval/{benchmark}_eval.sh"), *models]
     command += ["--samples", str(SAMPLES), "--max-tokens", str(MAX_TOKENS)]
     settings = {"PYTHON": sys.executable, "EVALSCOPE_PYTHON": EVALSCOPE, "DATASET_LOCAL": str(tmp_path)}
     environment = {**os.environ, **settings, "OUTPUT": str(tmp_path / "out")}
     begin = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    scores = json.loads((tmp_path / "out/aime24/report/scores.json").read_text())["benchmarks"]["aime24"]["scores"]
+    report = tmp_path / "out" / benchmark / "report/scores.json"
+    scores = json.loads(report.read_text())["benchmarks"][benchmark]["scores"]
     for name in ("MODEL", "MODEL_FP8"):
         assert (scores[name]["problems"], scores[name]["samples"]) == (PROBLEMS, SAMPLES)
     assert gone(before)
-    print(json.dumps({"seconds": round(time.monotonic() - begin, 1), "scores": scores}))
+    seconds = round(time.monotonic() - begin, 1)
+    print(json.dumps({"benchmark": benchmark, "seconds": seconds, "scores": scores}))

@@ -139,12 +139,32 @@ def summary(kernels: list[Kernel], vocabulary: int, top: int = 60) -> dict:
         "busy": _union(kernels) / 1e3,
         "span": (max(k.start + k.duration for k in kernels) - kernels[0].start) / 1e3 if kernels else 0.0,
         "kernels": len(kernels),
+        "gaps": gaps(kernels),
         "largest": [
             dict(zip(("category", "kernel", "operator", "shapes"), key, strict=True))
             | {"ms": sum(times), "count": len(times)}
             for key, times in largest
         ],
     }
+
+
+def gaps(kernels: list[Kernel], top: int = 20) -> list[dict]:
+    """Where nothing runs, by the kernels on both sides; the largest sums of milliseconds first.
+
+    Under a profiler the CPU launches more slowly than without one: what is here may be more than a plain step has.
+    """
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    last = None  # of those before, the kernel that ends last
+    for kernel in kernels:
+        if last is not None and kernel.start > last.start + last.duration:
+            groups[last.name[:80], kernel.name[:80]].append((kernel.start - last.start - last.duration) / 1e3)
+        if last is None or kernel.start + kernel.duration > last.start + last.duration:
+            last = kernel
+    largest = sorted(groups.items(), key=lambda item: -sum(item[1]))[:top]
+    return [
+        {"after": key[0], "before": key[1], "ms": sum(times), "longest": max(times), "count": len(times)}
+        for key, times in largest
+    ]
 
 
 def _union(kernels: list[Kernel]) -> float:
