@@ -37,8 +37,8 @@ train() {
     local name=InfiR2_CPT_$2_smollm2-135m_$3
     mkdir -p "$PARITY/$name"
     log "$name: $PARITY/$name/log.txt"
-    CUDA_VISIBLE_DEVICES=$(($1 % GPUS)) NAME=$name bash "scripts/CPT/InfiR2_CPT_$2_smollm2-135m.sh" "${NUMBERS[@]}" \
-        --seed "$3" "${FLAGS[@]}" >>"$PARITY/$name/log.txt" 2>&1 || die "$name failed; see $PARITY/$name/log.txt"
+    CUDA_VISIBLE_DEVICES=$(($1 % GPUS)) NAME=$name SEED=$3 bash "scripts/CPT/InfiR2_CPT_$2_smollm2-135m.sh" "${NUMBERS[@]}" \
+        "${FLAGS[@]}" >>"$PARITY/$name/log.txt" 2>&1 || die "$name failed; see $PARITY/$name/log.txt"
 }
 
 report() {

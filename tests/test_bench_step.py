@@ -104,6 +104,8 @@ def test_trace(tmp_path):
     assert found["milliseconds"]["elementwise"] == 1
     assert (found["busy"], found["span"]) == (5, 7)
     assert found["largest"][0]["operator"] == ("Outer", "aten::copy_")
+    gap = {"after": "at::native::copy", "before": "unknown", "ms": 2, "longest": 2, "count": 1}
+    assert found["gaps"] == [gap]
 
 
 def test_ratios_are_of_steps_of_the_same_round():

@@ -11,6 +11,7 @@ import re
 import resource
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -501,3 +502,30 @@ def test_impossible_vocabulary_is_refused(size):
     """Pins a vocabulary smaller than asked for, which a model of the asked size would not fit."""
     with pytest.raises(DataError, match="vocab"):
         corpus.train_tokenizer(["too little text"], size)
+
+
+# Package corpus
+
+
+def test_package_corpus(tmp_path, monkeypatch, capsys):
+    """Pins tests of packages in the text, a file of two packages in both splits, and a corpus made anew each time."""
+    packages = importlib.import_module("package_corpus")
+    sources = [packages.code_of(name, "BSD") for name in ("mpmath", "networkx", "mpmath")]
+    monkeypatch.setattr(packages, "SOURCES", sources)
+    output = tmp_path / "corpus"
+    assert packages.main(["--output", str(output)]) == 0
+    train, valid = (texts_of(output / f"{split}.jsonl") for split in ("train", "valid"))
+    assert train, valid
+    assert len({*train, *valid}) == len(train) + len(valid)
+    mpmath = Path(str(metadata.distribution("mpmath").locate_file("mpmath")))
+    assert (mpmath / "libmp/libmpf.py").read_text("utf-8").strip() in train + valid
+    assert (mpmath / "tests/test_basic_ops.py").read_text("utf-8").strip() not in train + valid
+    by_name = [record["documents"] for record in json.loads((output / "sources.json").read_text())]
+    assert by_name[2] == 0
+    assert sum(by_name) == len(train) + len(valid)
+    assert not json.loads(capsys.readouterr().out)["reused"]
+    assert packages.main(["--output", str(output)]) == 0
+    assert json.loads(capsys.readouterr().out)["reused"]
+    monkeypatch.setattr(packages, "SOURCES", [packages.code_of("not-installed", "BSD")])
+    assert packages.main(["--output", str(tmp_path / "none")]) == 1
+    assert not (tmp_path / "none").exists()

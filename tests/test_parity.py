@@ -274,6 +274,18 @@ def test_a_pair_within_the_gate(pair, tmp_path, capsys):
     assert (output / "parity.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_weights(pair):
+    """Pins a report that dies, or shows an SNR that was not measured, where the checkpoints are gone."""
+    for folder in pair:
+        shutil.rmtree(next((folder / "checkpoints").glob("iter_*")), ignore_errors=True)
+    assert run(pair)[0] == 2
+    status, output = run(pair, "--no-weights")
+    content = json.loads((output / "parity.json").read_text())
+    assert (status, content["weights"]) == (0, {})
+    for name in ("parity.md", "parity.html"):
+        assert not re.search("SNR|saturation", (output / name).read_text(), re.IGNORECASE)
+
+
 def test_the_weights_are_those_of_each_layer(pair):
     """Pins every layer measured on the first one's weights: each equals its own tensor, counted alone."""
     _, output = run(pair)

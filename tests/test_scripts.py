@@ -299,6 +299,62 @@ def test_sft_refusals(more, text):
     assert text in done.stderr
 
 
+PARITY_PYTHON = """#!/bin/bash
+case "$*" in
+    *infir2.pretrain*) echo "$CUDA_VISIBLE_DEVICES $*" >>"$CALLS"; [[ $* != *"$FAILS"* ]] ;;
+    *parity.py*) echo "$*" >>"$CALLS"; [[ $* != *report_1237* ]] ;;
+    *) echo --word ;;
+esac
+"""
+
+
+def parity(folder: Path, *words: str, fails: str = "nothing") -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+    """scripts/parity.sh on two GPUs that are not there, with a Python that writes its commands down."""
+    for name, text in {"nvidia-smi": "#!/bin/sh\necho 'GPU 0: a'; echo 'GPU 1: b'\n", "python": PARITY_PYTHON}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    for name in ("base", "base_torch_dist", "corpus", "data"):
+        (folder / "out" / name).mkdir(parents=True, exist_ok=True)
+    more = {"PYTHON": str(folder / "python"), "SET_UP": "0", "PARITY": str(folder / "out")}
+    more |= {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(folder / "calls"), "FAILS": fails}
+    done = subprocess.run(
+        ["bash", str(REPO / "scripts/parity.sh"), *words],
+        env=os.environ | more,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    calls = folder / "calls"
+    return done, [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
+
+
+def test_parity(tmp_path):
+    """Both precisions with both seeds, a GPU each; each seed's report has the other as its noise. Pins runs that differ
+    in more than precision and seed, two runs on one GPU at once, and a gate that failed unseen."""
+    done, calls = parity(tmp_path, "--lr", "1e-4")
+    assert done.returncode == 1, done.stderr  # the second report's
+    runs, reports = calls[:4], calls[4:]
+    assert sorted(words[0] for words in runs[:2]) == sorted(words[0] for words in runs[2:]) == ["0", "1"]
+    found = {}
+    for words in runs:
+        assert words[-2:] == ["--lr", "1e-4"]
+        name = Path(words[words.index("--save") + 1]).parent.name
+        seed = words[words.index("--seed") + 1]
+        assert name.endswith(f"_{seed}")
+        found[name.split("_")[2], seed] = [word for word in words[1:] if name not in word and word != seed]
+    assert sorted(found) == [("BF16", "1236"), ("BF16", "1237"), ("FP8", "1236"), ("FP8", "1237")]
+    assert found["FP8", "1236"] == found["FP8", "1237"]
+    assert [Path(words[words.index("--bf16-seed") + 1]).name[-4:] for words in reports] == ["1237", "1236"]
+
+
+def test_parity_stops_at_a_failed_run(tmp_path):
+    """Pins a report of runs that did not end."""
+    done, calls = parity(tmp_path, fails="InfiR2_CPT_BF16_smollm2-135m_1236")
+    assert done.returncode == 2
+    assert "InfiR2_CPT_BF16_smollm2-135m_1236 failed; see" in done.stderr
+    assert len(calls) == 2
+
+
 if __name__ == "__main__":
     for name in SFT_SCRIPTS + RL_SCRIPTS:
         (GOLDEN / "argv" / name).write_text(by_flag(sft_argv(name)))

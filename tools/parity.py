@@ -3,6 +3,7 @@
 
     python tools/parity.py --fp8 exp/InfiR2_CPT_FP8_7B --bf16 exp/InfiR2_CPT_BF16_7B --output exp/parity
     python tools/parity.py --fp8 RUN --bf16 RUN --bf16-seed RUN --output DIR       # and the noise of a second BF16 seed
+    python tools/parity.py --fp8 RUN --bf16 RUN --no-weights --output DIR          # its checkpoints are gone
 
 RUN is a folder of scripts/CPT or scripts/SFT, its run ended. Writes parity.json, parity.md, parity.png and
 parity.html, which needs no network and no script; prints the Markdown.
@@ -531,7 +532,7 @@ class Report:
     commands: Commands  # FP8 and BF16
     second_commands: Commands | None  # BF16 and its second seed
     evaluations: list[Evaluation]
-    weights: dict[tuple[int, str], Counts]
+    weights: dict[tuple[int, str], Counts]  # empty: not measured
 
     @property
     def runs(self) -> list[Run]:
@@ -556,8 +557,8 @@ class Report:
         return not self.commands.other and self.start != "unknown"
 
 
-def make_report(fp8_folder: Path, bf16_folder: Path, second_folder: Path | None) -> Report:
-    """Read, check and measure. ReportError where there is nothing to compare."""
+def make_report(fp8_folder: Path, bf16_folder: Path, second_folder: Path | None, weights: bool = True) -> Report:
+    """Read, check and, with `weights`, measure the FP8 run's. ReportError where there is nothing to compare."""
     fp8_run, bf16_run = read_run("FP8", fp8_folder), read_run("BF16", bf16_folder)
     second = read_run("BF16, second seed", second_folder) if second_folder else None
     check_precision(fp8_run, bf16_run, second)
@@ -579,7 +580,7 @@ def make_report(fp8_folder: Path, bf16_folder: Path, second_folder: Path | None)
         commands=compare_commands(fp8_run, bf16_run),
         second_commands=compare_commands(bf16_run, second) if second else None,
         evaluations=evaluations(fp8_run.held_out, bf16_run.held_out, second.held_out if second else None),
-        weights=quantisation(fp8_run),
+        weights=quantisation(fp8_run) if weights else {},
     )
 
 
@@ -622,7 +623,8 @@ class Table:
 
 
 def tables(report: Report) -> list[Table]:
-    return [gap_table(report), run_table(report), weight_table(report), flag_table(report)]
+    weights = [weight_table(report)] if report.weights else []
+    return [gap_table(report), run_table(report), *weights, flag_table(report)]
 
 
 def gap_table(report: Report) -> Table:
@@ -777,7 +779,8 @@ def as_json(report: Report) -> str:
         "runs": [asdict(run) | {"folder": str(run.folder), "name": run.name} for run in report.runs],
         "commands": asdict(report.commands),
         "starting_weights": report.start,
-        "weights": {
+        "weights": report.weights
+        and {
             "scheme": str(scheme_of(report.fp8.facts)),
             "activations_and_gradients": NOT_MEASURED,
             "all": counts_json(report.total),
@@ -797,7 +800,7 @@ def counts_json(counts: Counts) -> dict[str, Any]:
 def as_markdown(report: Report) -> str:
     lines = [f"# FP8 beside BF16: {report.fp8.name}", "", gate_words(report.last), noise_words(report.evaluations), ""]
     lines += [f"- {verdict.claim}: **{verdict.word}** ({verdict.numbers})" for verdict in verdicts(report)]
-    lines += ["", "![Loss, gap, gradient norm and quantisation of the weights](parity.png)"]
+    lines += ["", f"![{summary(report)}](parity.png)"]
     for table in tables(report):
         lines += ["", f"## {table.title}", ""]
         lines += [
@@ -818,29 +821,36 @@ def markdown_row(cells: tuple[str, ...]) -> str:
 
 MARKERS = {"qkv": "o", "proj": "s", "fc1": "^", "fc2": "D"}
 COLOURS = {"qkv": "fp8", "proj": "gap", "fc1": "bf16", "fc2": "bigram"}
-SUMMARY = "Loss, gap and gradient norm of the FP8 and the BF16 run by step; SNR, underflow and saturation by layer"
+
+
+def summary(report: Report) -> str:
+    """The figure in words."""
+    by_layer = "; SNR, underflow and saturation by layer" if report.weights else ""
+    return f"Loss, gap and gradient norm of the FP8 and the BF16 run by step{by_layer}"
 
 
 def draw(report: Report, width: float, height: float) -> Any:
-    """The figure, sizes in inches: three panels by step, and below them two by layer, side by side on a wide one."""
+    """The figure, sizes in inches: three panels by step, and below them two by layer, side by side on a wide one.
+
+    Without weights, the three alone.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, hspace=0.03)
     wide = width > 6
-    grid = figure.add_gridspec(
-        4 if wide else 5, 2 if wide else 1, height_ratios=(1.5, 1.2, 1, 1.1, 1.1)[: 4 if wide else 5]
-    )
+    rows = (4 if wide else 5) if report.weights else 3
+    grid = figure.add_gridspec(rows, 2 if wide else 1, height_ratios=(1.5, 1.2, 1, 1.1, 1.1)[:rows])
     top = figure.add_subplot(grid[0, :])
     by_step = [top, *(figure.add_subplot(grid[row, :], sharex=top) for row in (1, 2))]
-    by_layer = [figure.add_subplot(place) for place in ((grid[3, 0], grid[3, 1]) if wide else (grid[3, 0], grid[4, 0]))]
     for axes in by_step:
         shared.style(axes, report.fp8.facts)
     draw_losses(by_step[0], report)
     draw_gap(by_step[1], report)
     draw_norms(by_step[2], report)
-    draw_snr(quiet(by_layer[0]), report)
-    draw_shares(quiet(by_layer[1]), report)
+    if report.weights:
+        draw_snr(quiet(figure.add_subplot(grid[3, 0])), report)
+        draw_shares(quiet(figure.add_subplot(grid[3, 1] if wide else grid[4, 0])), report)
     for axes in by_step[:2]:
         axes.tick_params(labelbottom=False)
     top.set_xlim(min(report.fp8.loss) - 1, max(report.fp8.loss))
@@ -992,7 +1002,7 @@ pre span { display: block; } pre .fp8 { color: var(--fp8); } pre .bf16 { color: 
 $figures</dl>
 <ul class="verdicts">
 $verdicts</ul>
-<h2>By step and by layer</h2>
+<h2>$figure_title</h2>
 <figure style="margin:0">$figure</figure>
 <p class="note">$figure_note</p>
 $tables
@@ -1009,7 +1019,7 @@ $tables
 def page(report: Report) -> str:
     """The HTML page. Everything that comes from a file is escaped; nothing is fetched."""
     safe, window = shared.safe, shared.smoothing_window(len(report.fp8.loss))
-    sizes = ((9, 11), (4.3, 15))
+    sizes = ((9, 11), (4.3, 15)) if report.weights else ((9, 8), (4.3, 9))
     fields = {
         "light": shared.css_variables(LIGHT),
         "dark": shared.css_variables(shared.DARK),
@@ -1019,7 +1029,8 @@ def page(report: Report) -> str:
         "model": safe(f"{shared.model_words(report.fp8.facts)}; {report.fp8.steps:,} steps."),
         "figures": figures(report),
         "verdicts": "".join(map(shared.verdict_item, verdicts(report))),
-        "figure": shared.both_widths(draw, report, sizes, SUMMARY),
+        "figure": shared.both_widths(draw, report, sizes, summary(report)),
+        "figure_title": "By step and by layer" if report.weights else "By step",
         "figure_note": f"Lines are means of {window} steps centred on each, faint ones single steps. Bars around zero: "
         "how far two BF16 seeds are apart.",
         "tables": "".join(map(table_html, tables(report))),
@@ -1068,7 +1079,7 @@ def write(report: Report, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     shared.write(output / "parity.json", as_json(report).encode())
     shared.write(output / "parity.md", as_markdown(report).encode())
-    shared.write(output / "parity.png", shared.png(draw(report, 9, 11)))
+    shared.write(output / "parity.png", shared.png(draw(report, 9, 11 if report.weights else 8)))
     shared.write(output / "parity.html", page(report).encode())
 
 
@@ -1079,9 +1090,10 @@ def main(arguments: list[str] | None = None) -> int:
     add("--bf16", type=Path, required=True, metavar="RUN", help="folder of its BF16 twin")
     add("--bf16-seed", type=Path, metavar="RUN", help="folder of the BF16 run again, trained from another --seed")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the four files")
+    add("--no-weights", dest="weights", action="store_false", help="leave out the weights: no checkpoint is needed")
     args = parser.parse_args(arguments)
     try:
-        report = make_report(args.fp8, args.bf16, args.bf16_seed)
+        report = make_report(args.fp8, args.bf16, args.bf16_seed, args.weights)
         write(report, args.output)
     except (ReportError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

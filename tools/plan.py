@@ -12,8 +12,8 @@ is named for each. --compare sets the plan beside what tools/bench_step.py measu
 
 Memory is counted: what Megatron 0.19 and TransformerEngine 2.20 keep, in bytes a parameter, a token and a logit; the
 bytes a logit are what was left over of the measured peaks of four runs of the 1.5B shape at 8k. Time is that
-measurement, scaled: each kind of kernel by its own operations or bytes. On nine runs of other shapes, measured
-afterwards on one H200 each, memory was within 3 % and time within 11 %, mostly below
+measurement, scaled: each kind of kernel by its own operations or bytes. On eleven runs of other shapes, measured
+afterwards on one H200 each, memory was within 4 % and time within 11 %, mostly below
 (docs/results/2026-11-22-h200-step.md); the interval of time, 15 % to both sides, holds them. Communication between GPUs
 is not in it: with two, times were 13 % (data parallel) and 33 to 43 % (tensor parallel) too short, memory within 1
 and 10 %.
