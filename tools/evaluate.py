@@ -13,7 +13,6 @@ started; folders that hold answers of another model or to other settings; a mode
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,8 +194,10 @@ def evaluate(args: argparse.Namespace, models: Sequence[Model]) -> None:
         open_folder(model, task, make_request(args, model, task))
     unanswered = [model for model in models if answers(model) < asked_for]
     for group in groups(args, unanswered):
-        with server_for(args, group) as (url, process):
-            run_evalscope(args, phases(benchmark), group, url, process)
+        if args.api_url:
+            run_evalscope(args, phases(benchmark), group)
+        else:
+            serve_and_ask(args, phases(benchmark), group)
     unscored = [
         model
         for model in models
@@ -217,15 +219,17 @@ def groups(args: argparse.Namespace, models: Sequence[Model]) -> list[Sequence[M
     return [models] if models else []
 
 
-@contextlib.contextmanager
-def server_for(args: argparse.Namespace, models: Sequence[Model]) -> Iterator[tuple[str, GuardedProcess | None]]:
-    """The address of a server for the models, and its process if it is ours."""
-    if args.api_url:
-        yield args.api_url, None
-        return
+def serve_and_ask(args: argparse.Namespace, what: Sequence[str], models: Sequence[Model]) -> None:
+    """Start a server for the models and, while it gets ready, evalscope, which then does `what`. Ends both."""
     folders, log_file = [model.folder for model in models], models[0].output / "server.log"
-    with serving.serving(server(args), folders, sampling(args), log_file) as served:
-        yield served
+    with tempfile.TemporaryDirectory() as folder:
+        address = Path(folder) / "address"
+        with (
+            evalscope_process(args, ["--address", str(address), *what], models) as evalscope,
+            serving.serving(server(args), folders, sampling(args), log_file) as (url, process),
+        ):
+            write(address, url)
+            await_end(evalscope, process, log_file)
 
 
 def server(args: argparse.Namespace) -> Server:
@@ -236,20 +240,23 @@ def evalscope_command(args: argparse.Namespace, what: Sequence[str], models: Seq
     return [args.evalscope, str(ROOT / "tools/run_evalscope.py"), *what, *(str(model.task_file) for model in models)]
 
 
-def run_evalscope(
-    args: argparse.Namespace,
-    what: Sequence[str],
-    models: Sequence[Model],
-    url: str = "",
-    process: GuardedProcess | None = None,
-) -> None:
-    """Run evalscope; its failure and the server's end are ours."""
-    environment = {"EVALSCOPE_BASE_URL": url, "EVALSCOPE_API_KEY": args.api_key, "HF_HUB_OFFLINE": "1"}
+def evalscope_process(args: argparse.Namespace, what: Sequence[str], models: Sequence[Model]) -> GuardedProcess:
+    environment = {"EVALSCOPE_BASE_URL": args.api_url, "EVALSCOPE_API_KEY": args.api_key, "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT / "training")  # infir2 is not installed beside evalscope
-    with GuardedProcess(evalscope_command(args, what, models), environment, sys.stderr.fileno()) as evalscope:
-        while (status := evalscope.wait(0.5)) is None:
-            if process is not None and process.status() is not None:
-                raise serving.ended(process.status(), models[0].output / "server.log")
+    return GuardedProcess(evalscope_command(args, what, models), environment, sys.stderr.fileno())
+
+
+def run_evalscope(args: argparse.Namespace, what: Sequence[str], models: Sequence[Model]) -> None:
+    """Run evalscope, with the server at --api-url or without one."""
+    with evalscope_process(args, what, models) as evalscope:
+        await_end(evalscope)
+
+
+def await_end(evalscope: GuardedProcess, server: GuardedProcess | None = None, log_file: Path | None = None) -> None:
+    """Wait for evalscope. Its failure is ours, and so is a server's that ends first; `log_file` is that one's."""
+    while (status := evalscope.wait(0.5)) is None:
+        if server is not None and (ended := server.status()) is not None:
+            raise serving.ended(ended, log_file)
     if status:
         raise ServerError(
             f"evalscope ended with status {status}; its messages are above. Run again: what is there is kept."

@@ -2,12 +2,15 @@
 """Run evalscope tasks in one process: all answers first, then all reviews. For tools/evaluate.py.
 
     EVALSCOPE_BASE_URL=http://127.0.0.1:8000/v1 .venv-eval/bin/python tools/run_evalscope.py --ask --review TASK.json...
+    .venv-eval/bin/python tools/run_evalscope.py --address FILE --ask --review TASK.json...
     .venv-eval/bin/python tools/run_evalscope.py --review TASK.json...
 
 A TASK is evalscope's TaskConfig as JSON; its work_dir is continued where an earlier run stopped. evalscope by itself
 reviews each answer as it comes, with as many processes as there are requests: too many for the cores, and its time
 limit for a review could strike at right answers. Here reviews have a core each. LiveCodeBench's run in our sandbox
-alone. The server's address is no part of a TASK: evalscope takes answers from another port for another task's.
+alone. The server's address is no part of a TASK: evalscope takes answers from another port for another task's. With
+--address it is read from a file as soon as that is there, so that what takes seconds to import is imported while the
+server starts.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +92,25 @@ def review(task: dict[str, Any]) -> None:
     run({**task, "eval_batch_size": code_review.workers()})
 
 
+def warm_up() -> None:
+    """Import what the first review would wait for: sympy and the grammar of LaTeX, 3 s."""
+    from math_verify import parse
+
+    parse("$1$")
+
+
+def await_address(file: Path) -> None:
+    """Use the server whose address a line of `file` is, once it is there. We are ended if it never comes."""
+    while not file.is_file():
+        time.sleep(0.1)
+    os.environ["EVALSCOPE_BASE_URL"] = file.read_text("utf-8").strip()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ask", action="store_true")
     parser.add_argument("--review", action="store_true")
+    parser.add_argument("--address", type=Path, metavar="FILE", help="wait for it; it holds the server's base URL")
     parser.add_argument("tasks", nargs="+", type=Path, metavar="TASK.json")
     args = parser.parse_args()
     for name in ("math_verify.parser", "math_verify.grader"):  # each answer warns that it has no time limit of its own
@@ -102,6 +121,10 @@ def main() -> int:
     if args.review and code and (lacking := sandbox.missing()):
         print(f"error: code written by a model is not run here: {lacking}. Nothing was run.", file=sys.stderr)
         return 2
+    if args.address:
+        if args.review:
+            warm_up()
+        await_address(args.address)
     for task in tasks if args.ask else ():
         ask(task)
     for task in tasks if args.review else ():
