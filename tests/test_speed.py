@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import BF16_OUTPUT, FP32_LAYOUTS, FP32_LINEAR_CROSS_ENTROPY
-from trainer import losses, tensors, train
+from trainer import Training, losses, tensors, train
 
 from infir2 import linear_cross_entropy, weight_gradient
 
@@ -160,3 +160,22 @@ def test_kernels():
     block that is not full. Pins: arithmetic of the kernels that only a GPU would show."""
     pytest.importorskip("triton")
     assert kernels_in_triton_s_interpreter() == "equal\n"
+
+
+def test_gradients_are_checked_once(run_flags, tmp_path):
+    """The same weights to the bit; weights that explode end the run before a step makes them NaN. Pins a check that was
+    switched off and not replaced, and a broken step that is saved."""
+    for name, flags in (("often", []), ("once", ["--check-gradients-once"])):
+        run = tmp_path / name
+        train(run_flags(run, "--train-iters", "6", *flags), run.with_suffix(".log"))
+    often, once = (tensors(tmp_path / name / "checkpoints") for name in ("often", "once"))
+    assert all(torch.equal(often[name], once[name]) for name in often)
+    run, log = tmp_path / "broken", tmp_path / "broken.log"
+    flags = "--train-iters 8 --save-interval 1 --lr 1e30 --min-lr 1e30 --lr-warmup-iters 0".split()
+    assert Training(run_flags(run, *flags, "--check-gradients-once"), log).wait() != 0
+    assert "the gradient norm is nan: this step was not taken" in log.read_text()
+    step = int((run / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+    assert step < 8
+    stored = tensors(run / "checkpoints").values()
+    assert all(tensor.isfinite().all() for tensor in stored if tensor.is_floating_point())
+    assert Training(run_flags(tmp_path / "refused", "--check-gradients-once", "--clip-grad", "0"), log).wait() == 2

@@ -1,8 +1,9 @@
 """The machine under Megatron: a CUDA GPU, or this computer's CPU. The only module that patches torch or Megatron.
 
-On every machine two attributes are replaced. `compile_helpers` runs `make` on a C++ file that megatron-core's wheel
-ships already compiled, without the Makefile, and exits when make fails. And where samples are packed, a step's number
-of micro-batches follows from their lengths: the data says it, not the batch size.
+On every machine three attributes are replaced. `compile_helpers` runs `make` on a C++ file that megatron-core's wheel
+ships already compiled, without the Makefile, and exits when make fails. Where samples are packed, a step's number of
+micro-batches follows from their lengths: the data says it, not the batch size. And a gradient norm that is no number
+ends the run before the optimizer has used the gradients.
 
 On a CPU Megatron 0.19.2 still asks `torch.cuda` for devices, streams, events and random states. `install` answers
 those questions with CPU equivalents, and `CudaToCpu` turns every request for a "cuda" tensor into one for a CPU tensor.
@@ -16,6 +17,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import queue
 import sys
@@ -274,7 +276,24 @@ def _micro_batches_of_the_data(original):
     return get_forward_backward_func
 
 
+def _refuse_broken_gradients(original):
+    """A norm of NaN or Inf is an error: in BF16 no loss scale could have caused it, and clipping by it would make every
+    weight NaN. fp16 looks for Inf itself, before it asks for a norm."""
+
+    def get_grad_norm_fp32(*args, **kwargs):
+        norm = original(*args, **kwargs)
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient norm is {norm}: this step was not taken. The last checkpoint is from before it; look at "
+                "the losses that led here before you start again."
+            )
+        return norm
+
+    return get_grad_norm_fp32
+
+
 MEGATRON: dict[str, Callable[[Any], Any]] = {
     "megatron.core.datasets.utils.compile_helpers": _compile_helpers,
+    "megatron.core.optimizer.optimizer.get_grad_norm_fp32": _refuse_broken_gradients,
     "megatron.training.training.get_forward_backward_func": _micro_batches_of_the_data,
 }

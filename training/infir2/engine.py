@@ -77,6 +77,12 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         action="store_true",
         help="add weight gradients to the FP32 ones in the GEMMs that compute them, without apex (GPU; infir2.backend)",
     )
+    group.add_argument(
+        "--check-gradients-once",
+        action="store_true",
+        help="look for NaN and Inf in the norm of a step's gradients, before the optimizer uses them, and not in each "
+        "loss and each part of the gradients, where the CPU waits for the GPU every time",
+    )
     stage.add_arguments(group)
     return parser
 
@@ -118,10 +124,22 @@ def parse(stage: Stage, kind: str, scale_fmt: str) -> tuple[Namespace, preflight
     sys.argv += backend.arguments(kind)
     args = parse_args(partial(add_arguments, stage))
     stage.settle(args)
+    settle_checks(args)
     start = preflight.check(args, stage, kind, scale_fmt) if args.rank == 0 else preflight.choose_start(args)
     validate_args(args)
     set_global_variables(args)
     return args, start
+
+
+def settle_checks(args: Namespace) -> None:
+    """Where NaN and Inf are looked for. The norm is always checked (infir2.backend), where there is one."""
+    if not args.check_gradients_once:
+        return
+    if args.clip_grad <= 0:
+        raise ValueError(
+            f"--check-gradients-once needs the gradient norm: --clip-grad is {args.clip_grad}, not above 0"
+        )
+    args.check_for_nan_in_loss_and_grad = False
 
 
 def train(stage: Stage, args: Namespace, start: preflight.Start, kind: str, scale_fmt: str, started: float) -> None:
