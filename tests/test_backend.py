@@ -10,7 +10,7 @@ def missing_attributes() -> list[str]:
     from infir2 import backend
 
     missing = []
-    for path in (*backend.TORCH_ON_CPU, *backend.MEGATRON_ON_CPU, *backend.MEGATRON):
+    for path in (*backend.TORCH_ON_CPU, *backend.MEGATRON_ON_CPU, *backend.FUSED_ON_GPU, *backend.MEGATRON):
         owner, attribute = backend.resolve(path)
         if not hasattr(owner, attribute):
             missing.append(path)

@@ -129,8 +129,16 @@ def test_training(tied, run_flags, tmp_path):
     torch.testing.assert_close(before[name], after[name], rtol=0, atol=FP32_LAYOUTS)
 
 
-def kernels_in_triton_s_interpreter() -> str:
-    """What infir2.cross_entropy_kernels and its reference differ by, on the CPU, in a program of its own."""
+def interpreted(program: str) -> str:
+    """What a program with Triton kernels prints on the CPU, by Triton's interpreter."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    return done.stdout + done.stderr
+
+
+def test_kernels():
+    """The Triton kernels, interpreted on the CPU, against plain torch: targets outside of a rank's columns, a last
+    block that is not full. Pins: arithmetic of the kernels that only a GPU would show."""
     program = """if True:
         import itertools, torch
         from infir2 import cross_entropy_kernels as kernels, linear_cross_entropy
@@ -150,16 +158,52 @@ def kernels_in_triton_s_interpreter() -> str:
             torch.testing.assert_close(apart, theirs)
         print("equal")
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
-    return done.stdout + done.stderr
-
-
-def test_kernels():
-    """The Triton kernels, interpreted on the CPU, against plain torch: targets outside of a rank's columns, a last
-    block that is not full. Pins: arithmetic of the kernels that only a GPU would show."""
     pytest.importorskip("triton")
-    assert kernels_in_triton_s_interpreter() == "equal\n"
+    assert interpreted(program) == "equal\n"
+
+
+def test_swiglu_kernels():
+    """SwiGLU and its gradient, quantised along rows and columns at once. Pins a scale of the wrong direction, the two
+    halves of the gradient changed, and codes of a transpose in the wrong place.
+
+    The interpreter cuts BF16 off instead of rounding it, so the reference is cut off too, and loses carries where it
+    rounds to FP8, so what is compared is what would be rounded. tests/gpu/test_speed.py compares codes.
+    """
+    program = """if True:
+        import itertools, torch
+        from infir2 import fp8, swiglu_kernels as kernels
+
+        def cut(x):
+            return (x.view(torch.int32) & -65536).view(torch.float32).bfloat16()
+
+        empty = kernels.Quantised.empty
+        kernels.Quantised.empty = lambda tokens, features, dtype, device: empty(tokens, features, torch.float32, device)
+
+        def compare(found, y, fmt, scale_fmt):
+            for product, scale_inv, wanted in ((*found.parts[:2], y), (*found.parts[2:], y.t().contiguous())):
+                scales = fp8.quantize(wanted, fp8.ROW, fmt=fmt, scale_fmt=scale_fmt)[1]
+                same = scale_inv.t() == scales
+                assert same.float().mean() > 0.99  # exp may differ in its last bit, and so a few BF16 numbers
+                exact = product == wanted / scales.repeat_interleave(128, 1)
+                assert scale_fmt == "fp32" or exact[same.repeat_interleave(128, 1)].float().mean() > 0.999
+                given_back = product * scale_inv.t().repeat_interleave(128, 1)
+                torch.testing.assert_close(given_back, wanted.float(), rtol=2**-7, atol=0)
+
+        random = torch.Generator().manual_seed(0)
+        for fmt, scale_fmt in itertools.product((fp8.E4M3, fp8.E5M2), fp8.SCALE_FORMATS):
+            x = (torch.randn(256, 768, generator=random) * torch.logspace(-6, 1, 256)[:, None]).bfloat16()
+            x[:, 5], x[128:, 500:] = 0, x[128:, 500:] * 1e-20
+            dy = torch.randn(256, 384, generator=random).bfloat16()
+            gate, value = x.float().chunk(2, 1)
+            sigmoid = 1 / (1 + torch.exp(-gate))
+            arguments = fmt.dtype, scale_fmt == "pow2"
+            compare(kernels.swiglu(x, *arguments), cut(gate * sigmoid * value), fmt, scale_fmt)
+            halves = dy.float() * value * sigmoid * (1 + gate * (1 - sigmoid)), dy.float() * gate * sigmoid
+            compare(kernels.swiglu_gradient(dy, x, *arguments), cut(torch.cat(halves, 1)), fmt, scale_fmt)
+        print("equal")
+    """
+    output = interpreted(program)
+    assert output.splitlines()[-1] == "equal", output
 
 
 def test_gradients_are_checked_once(run_flags, tmp_path):

@@ -81,6 +81,7 @@ ARMS = {
     "fp8": Arm("fp8", OURS),
     "stock-bf16-ce-once": Arm("bf16", (*STOCK, *NATIVE, "--no-check-for-nan-in-loss-and-grad")),
     "bf16-once": Arm("bf16", (*OURS, "--check-gradients-once")),
+    "fp8-swiglu": Arm("fp8", (*OURS, "--fused-swiglu-quantisation")),
     "fp8-once": Arm("fp8", (*OURS, "--check-gradients-once")),
     "fp8-hybrid": Arm("fp8-hybrid", OURS),
     "fp8-current": Arm("fp8-current", OURS),

@@ -9,8 +9,9 @@ On a CPU Megatron 0.19.2 still asks `torch.cuda` for devices, streams, events an
 those questions with CPU equivalents, and `CudaToCpu` turns every request for a "cuda" tensor into one for a CPU tensor.
 Nothing is pretended about the arithmetic: kernels, collectives (gloo) and checkpoints are the real ones.
 
-Each patched attribute is a row of `TORCH_ON_CPU`, `MEGATRON_ON_CPU` or `MEGATRON`; tests/test_backend.py checks
-that every one still exists in the pinned releases, so an upgrade cannot turn a patch into a silent no-op.
+Each patched attribute is a row of `TORCH_ON_CPU`, `MEGATRON_ON_CPU`, `FUSED_ON_GPU` or `MEGATRON`;
+tests/test_backend.py checks that every one still exists in the pinned releases, so an upgrade cannot turn a patch into
+a silent no-op.
 """
 
 import contextlib
@@ -44,6 +45,7 @@ CPU_ARGUMENTS = (
 
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 FUSED_WEIGHT_GRADIENT = "--fused-weight-gradient"
+FUSED_SWIGLU = "--fused-swiglu-quantisation"
 
 
 def name() -> str:
@@ -76,6 +78,8 @@ def install() -> str:
     elif FUSED_WEIGHT_GRADIENT in sys.argv:
         _stand_in_for_apex()
     _patch(MEGATRON)
+    if kind == "gpu" and FUSED_SWIGLU in sys.argv:
+        _patch(FUSED_ON_GPU)
     return kind
 
 
@@ -291,6 +295,14 @@ def _refuse_broken_gradients(original):
 
     return get_grad_norm_fp32
 
+
+def _quantised_swiglu(original):
+    return importlib.import_module("infir2.quantised_swiglu").in_place_of(original)
+
+
+FUSED_ON_GPU: dict[str, Callable[[Any], Any]] = {
+    "megatron.core.transformer.mlp.bias_swiglu_impl": _quantised_swiglu,
+}
 
 MEGATRON: dict[str, Callable[[Any], Any]] = {
     "megatron.core.datasets.utils.compile_helpers": _compile_helpers,

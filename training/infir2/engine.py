@@ -78,6 +78,12 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         help="add weight gradients to the FP32 ones in the GEMMs that compute them, without apex (GPU; infir2.backend)",
     )
     group.add_argument(
+        backend.FUSED_SWIGLU,
+        action="store_true",
+        help="quantise SwiGLU's result and its gradient in the kernels that compute them (GPU, blockwise FP8; not yet "
+        "run on a GPU by us)",
+    )
+    group.add_argument(
         "--check-gradients-once",
         action="store_true",
         help="look for NaN and Inf in the norm of a step's gradients, before the optimizer uses them, and not in each "
@@ -125,6 +131,11 @@ def parse(stage: Stage, kind: str, scale_fmt: str) -> tuple[Namespace, preflight
     args = parse_args(partial(add_arguments, stage))
     stage.settle(args)
     settle_checks(args)
+    if args.fused_swiglu_quantisation and args.te_precision_config_file:
+        raise ValueError(
+            f"{backend.FUSED_SWIGLU} is for models whose layers are all in FP8, and "
+            f"{args.te_precision_config_file} names each layer's precision. Leave one of them out."
+        )
     start = preflight.check(args, stage, kind, scale_fmt) if args.rank == 0 else preflight.choose_start(args)
     validate_args(args)
     set_global_variables(args)
@@ -171,6 +182,10 @@ def model_config(args: Namespace, kind: str, scale_fmt: str) -> tuple[Any, Any]:
     model.transformer.fused_single_qkv_rope = args.fused_qkv_rope  # Megatron has no flag for it
     proof = Fp8Proof(args, kind, scale_fmt)
     model.post_wrap_hooks.append(proof.attach)
+    if kind == "gpu" and args.fused_swiglu_quantisation:
+        from infir2 import quantised_swiglu
+
+        model.post_wrap_hooks.append(quantised_swiglu.attach)
     if kind == "cpu":
         from infir2 import layers
 
