@@ -143,7 +143,7 @@ class Fake:
             self.memory_file.write_text(f"{used}\n")
 
     async def do_update_weights_from_tensor(self, body: dict) -> dict:
-        from infir2 import sglang_weights
+        from infir2.rl import sglang_weights
 
         assert "weights" not in self.released, "weights have no memory"
         assert body["load_format"] == sglang_weights.LOADER
@@ -156,7 +156,7 @@ class Fake:
         return {"success": True, "message": "Succeeded"}
 
     async def do_init_weights_update_group(self, body: dict) -> dict:
-        from infir2 import sglang_weights
+        from infir2.rl import sglang_weights
 
         meeting = (body["master_address"], body["master_port"], body["rank_offset"], body["world_size"])
         self.group = await asyncio.to_thread(sglang_weights.join, *meeting, body["backend"])

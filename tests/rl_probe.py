@@ -10,8 +10,9 @@ def run(words: list[str]) -> None:
     """`words` are the trainer's flags; PROBE names a folder with `batch`. Rank 0 writes `answers` there."""
     import torch
 
-    from infir2 import engine, rl_arguments
-    from infir2.policy import Policy
+    from infir2 import engine
+    from infir2.rl import arguments as rl_arguments
+    from infir2.rl.policy import Policy
 
     folder = Path(os.environ["PROBE"])
     batch = pickle.loads((folder / "batch").read_bytes())
@@ -33,7 +34,8 @@ def run(words: list[str]) -> None:
 
 def refusal(words: list[str]) -> str:
     """Why a trainer refuses these flags."""
-    from infir2 import engine, rl_arguments
+    from infir2 import engine
+    from infir2.rl import arguments as rl_arguments
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     sys.argv = ["policy", *words]

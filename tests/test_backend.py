@@ -25,7 +25,8 @@ def test_every_patched_attribute_exists():
 def known_flags() -> set[str]:
     from megatron.training.arguments import add_megatron_arguments
 
-    from infir2 import engine, pretrain, rl_arguments, sft
+    from infir2 import engine, pretrain, sft
+    from infir2.rl import arguments as rl_arguments
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, conflict_handler="resolve"))
     for stage in (pretrain.Pretraining(), sft.FineTuning(), rl_arguments.ReinforcementLearning()):

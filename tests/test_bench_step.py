@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infir2.kernel_profile import Kernel, categories, category, read_trace, summary
+from infir2.speed.kernel_profile import Kernel, categories, category, read_trace, summary
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "tools"))

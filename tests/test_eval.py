@@ -16,7 +16,7 @@ import pytest
 from eval_local import ROOT, CountingServer, write_lines, write_livecodebench
 
 from infir2 import serving
-from infir2.benchmarks import BENCHMARKS, check
+from infir2.evaluation.benchmarks import BENCHMARKS, check
 from infir2.indexed import DataError
 from infir2.processes import GuardedProcess
 from infir2.serving import Server, ServerError

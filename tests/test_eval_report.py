@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infir2 import scores
+from infir2.evaluation import scores
 from infir2.indexed import DataError
 from infir2.receipts import write_manifest
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from infir2 import code_review, sandbox
-from infir2.sandbox import Limits
+from infir2.evaluation import code_review, sandbox
+from infir2.evaluation.sandbox import Limits
 
 pytest_plugins = ["eval_fixtures"]
 
@@ -115,7 +115,7 @@ def test_box_ends_with_the_one_who_asked():
     """Pins code that runs on when evaluation is killed."""
     mark = f"mark-{time.monotonic_ns()}"
     caller = f"""
-from infir2 import sandbox
+from infir2.evaluation import sandbox
 import sys
 program = "import time; print(open('/tmp/x', 'w')); time.sleep(60)  # {mark}"
 sandbox.run([sys.executable, "-I", "-c", program], b"", sandbox.Limits(60), sandbox.python_files())
@@ -138,7 +138,7 @@ def test_holds_for_a_user_without_rights():
     """Another way in than root's: a user namespace. Pins a box that is whole for root alone."""
     if os.geteuid() != 0:
         pytest.skip("the other tests run as such a user")
-    command = [sys.executable, "-c", "from infir2 import sandbox; print(repr(sandbox.missing()))"]
+    command = [sys.executable, "-c", "from infir2.evaluation import sandbox; print(repr(sandbox.missing()))"]
     done = subprocess.run(
         ["unshare", "--user", "--map-user=1000", "--map-group=1000", *command],
         capture_output=True,
@@ -160,7 +160,7 @@ def test_nothing_runs_where_no_box_can_be_made(powerless, tmp_path):
     """Pins a box that is quietly left out."""
     ran = tmp_path / "ran"
     caller = f"""
-from infir2 import sandbox
+from infir2.evaluation import sandbox
 import sys
 print(sandbox.missing())
 sandbox.run([sys.executable, "-I", "-c", "open({str(ran)!r}, 'w')"], b"", sandbox.Limits(9), sandbox.python_files())

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import BF16_OUTPUT, FP32_LOGPROBS
 
-from infir2.grpo import Objective, TokenLogprobs, gap, group_advantages, has_spread, sample_kl
+from infir2.rl.grpo import Objective, TokenLogprobs, gap, group_advantages, has_spread, sample_kl
 
 PLAIN = Objective(0.2, 0.28, use_tis=False, tis_clip_low=0.0, tis_clip=2.0)
 TIS = Objective(0.2, 0.28, use_tis=True, tis_clip_low=0.5, tis_clip=2.0)

@@ -16,7 +16,7 @@ from transformers import Qwen2ForCausalLM
 from infir2 import hf
 from infir2.checkpoint import TorchDist
 from infir2.qwen2 import Shape, entries, megatron_flags
-from infir2.rollout import Batch
+from infir2.rl.rollout import Batch
 
 TEMPERATURE, LEARNING_RATE, TIS_CLIP = 1.1, 1e-3, 2.0
 SAMPLES = 16

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_report import HOSTILE, ORIGIN, Page, change_json, make_quickstart, printed, report, write_json
 
-from infir2 import rl_arguments
+from infir2.rl import arguments as rl_arguments
 
 learned = report.learned
 
@@ -21,7 +21,7 @@ STUDENT_199 = 1.9720  # 97.5 % quantile of Student's t with 199 degrees of freed
 
 
 def step_line(step: int, stage: int = 1, **changes: float) -> dict:
-    """A step as infir2.rl_log writes it; 10 s in stage 1, 20 s in stage 2, divided otherwise."""
+    """A step as infir2.rl.log writes it; 10 s in stage 1, 20 s in stage 2, divided otherwise."""
     line = {"step": step, "rollout/score": step / 8, "rollout/length": 60.0, "gap/gen_kl_error": step / 4096}
     line |= {"seconds/step": 10.0 * stage, "seconds/generation": 6.0, "seconds/training": 3.0, "seconds/sync": 0.5}
     return line | {name.replace("__", "/"): value for name, value in changes.items()}

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infir2 import rewards
-from infir2.rewards import RewardError, RewardPool, Sample, Why, boxed_answer, normalize, overlong_penalty
+from infir2.rl import rewards
+from infir2.rl.rewards import RewardError, RewardPool, Sample, Why, boxed_answer, normalize, overlong_penalty
 
 CUSTOM = """
 import os, time
-from infir2.rewards import Score, Why
+from infir2.rl.rewards import Score, Why
 
 def reward(sample):
     print("not a result")
@@ -513,7 +513,7 @@ def test_close_ends_the_workers(custom_path):
 
 CALLER = """
 import sys, threading, time
-from infir2.rewards import RewardPool, Sample
+from infir2.rl.rewards import RewardPool, Sample
 pool = RewardPool("rewards_of_tests.reward", processes=2, deadline=1)
 print(int(pool.score([Sample("", "pid", "")])[0].reward), flush=True)
 if sys.argv[1] == "hang":

@@ -22,10 +22,10 @@ import test_ray_launch
 import torch
 from trainer import tensors, with_megatron
 
-from infir2 import grpo, rl
 from infir2.qwen2 import Shape, megatron_flags
-from infir2.rl_log import keep_up_to
-from infir2.rollout import Sample
+from infir2.rl import controller, grpo
+from infir2.rl.log import keep_up_to
+from infir2.rl.rollout import Sample
 
 cluster = test_ray_launch.cluster  # a fixture
 
@@ -215,7 +215,7 @@ class Dump:
         self.lengths = {sample.id: int(n) for sample, n in zip(samples, boundaries[1:] - boundaries[:-1], strict=True)}
 
 
-def controller(**more) -> SimpleNamespace:
+def part_of_a_run(**more) -> SimpleNamespace:
     """As much of a Run as its check of the gap needs."""
     objective = grpo.Objective(0.2, 0.28, use_tis=True, tis_clip_low=0, tis_clip=2)
     settings = SimpleNamespace(max_gen_kl_steps=2)
@@ -231,13 +231,13 @@ def test_only_new_tokens_are_held_against_the_gate():
     old = np.repeat([-1.0, -1.5, -1.25, -1.0], [3, 2, 4, 3]).astype(np.float32)
     d = np.array([9.0] * 3 + [0.5] * 6 + [9.0] * 3, dtype=np.float32)
     batch = SimpleNamespace(boundaries=np.array([0, 5, 9, 12]), rollout=old - d)
-    run = controller()
-    found, of_engine = rl.Run.check_gap(run, 6, samples, batch, old)
+    run = part_of_a_run()
+    found, of_engine = controller.Run.check_gap(run, 6, samples, batch, old)
     assert of_engine
     assert found.mean_abs == 0.5
     assert run.above_gate == 1
     assert run.log.lengths == {0: 2, 1: 4}
-    found, of_engine = rl.Run.check_gap(run, 7, samples, batch, old)
+    found, of_engine = controller.Run.check_gap(run, 7, samples, batch, old)
     assert not of_engine
     assert found.mean_abs == (6 * 9 + 6 * 0.5) / 12
     assert run.above_gate == 1
@@ -250,15 +250,15 @@ def test_noise_does_not_pass_the_gate():
     d = np.zeros(1000, dtype=np.float32)
     batch = SimpleNamespace(boundaries=np.arange(0, 1001, 10), rollout=old - d)
     batch.rollout[:10] -= 0.9  # k3 of 0.56 in a hundredth of the tokens: 0.0056, twice the gate
-    run = controller()
-    found, _ = rl.Run.check_gap(run, 0, samples, batch, old)
+    run = part_of_a_run()
+    found, _ = controller.Run.check_gap(run, 0, samples, batch, old)
     assert found.gen_kl_error > run.gate
     assert run.above_gate == 0
     batch.rollout[:] = old - 0.1  # of all of them: 0.0052
-    rl.Run.check_gap(run, 0, samples, batch, old)
+    controller.Run.check_gap(run, 0, samples, batch, old)
     assert run.above_gate == 1
-    with pytest.raises(rl.GapError, match=r"gen_kl_error 0\.00517"):
-        rl.Run.check_gap(run, 1, [replace(s, versions=[[1, 10]]) for s in samples], batch, old)
+    with pytest.raises(controller.GapError, match=r"gen_kl_error 0\.00517"):
+        controller.Run.check_gap(run, 1, [replace(s, versions=[[1, 10]]) for s in samples], batch, old)
 
 
 def test_gate(folder, cluster):

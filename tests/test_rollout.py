@@ -10,11 +10,11 @@ import rl_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infir2 import rollout
 from infir2.data.chat import ChatTokenizer
 from infir2.indexed import DataError
-from infir2.rewards import Score, Why
-from infir2.rollout import Plan, Response, RolloutError, Sampling, Source, collect
+from infir2.rl import rollout
+from infir2.rl.rewards import Score, Why
+from infir2.rl.rollout import Plan, Response, RolloutError, Sampling, Source, collect
 
 PLAN = Plan(groups=3, over_sampling=5, filter=True, rounds=20, response=9, overlong_buffer=0, seed=7, lag=1)
 SAMPLING = Sampling(temperature=1.1)

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_model import Rank, drop, trained
 
-from infir2 import sglang_engine, sglang_weights
-from infir2.rollout import Request, Response, Sampling
-from infir2.sglang_engine import Client, Server
-from infir2.sglang_weights import Digest, Engine, EngineError, WeightSender, digest
+from infir2.rl import sglang_engine, sglang_weights
+from infir2.rl.rollout import Request, Response, Sampling
+from infir2.rl.sglang_engine import Client, Server
+from infir2.rl.sglang_weights import Digest, Engine, EngineError, WeightSender, digest
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=-1)
 
@@ -445,7 +445,7 @@ import json, sys, torch, torch.distributed as dist
 sys.path[:0] = [{tests!r}]
 from fake_sglang import Fake, running
 from sglang_model import Rank, drop, trained
-from infir2 import sglang_weights as w
+from infir2.rl import sglang_weights as w
 rank = int(sys.argv[1])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
@@ -563,7 +563,7 @@ def test_every_process_of_the_server_gets_the_quantiser(tmp_path):
     )
     for scales, found in (("pow2", "__mp_main__"), ("", "sglang.srt.layers.quantization.fp8_utils")):
         environment = environment_of_launcher(tmp_path, scales)
-        command = [sys.executable, "-m", "infir2.sglang_launch", "--flag"]
+        command = [sys.executable, "-m", "infir2.rl.sglang_launch", "--flag"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.stdout.splitlines() == [" ".join([found] * 3), "['--flag']"], done.stderr
 
@@ -578,7 +578,7 @@ def test_scales_of_activations():
     columns padded where that is asked for. tests/gpu compares bit for bit."""
     pytest.importorskip("triton")
     program = (
-        "import torch; from infir2 import fp8, sglang_launch\n"
+        "import torch; from infir2 import fp8; from infir2.rl import sglang_launch\n"
         "x = (torch.randn(6, 384) * torch.exp2(torch.randint(-90, 90, (6, 3)).repeat_interleave(128, 1))).bfloat16()\n"
         "x[1, :128] = 0\n"
         "for scale_fmt in ('pow2', 'fp32'):\n"

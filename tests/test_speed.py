@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tolerances import BF16_OUTPUT, FP32_LAYOUTS, FP32_LINEAR_CROSS_ENTROPY
 from trainer import Training, losses, tensors, train
 
-from infir2 import linear_cross_entropy, weight_gradient
+from infir2.speed import linear_cross_entropy, weight_gradient
 
 
 def problem(tokens: int, vocabulary: int, width: int, seed: int, dtype=torch.float32):
@@ -141,7 +141,7 @@ def test_kernels():
     block that is not full. Pins: arithmetic of the kernels that only a GPU would show."""
     program = """if True:
         import itertools, torch
-        from infir2 import cross_entropy_kernels as kernels, linear_cross_entropy
+        from infir2.speed import cross_entropy_kernels as kernels, linear_cross_entropy
         kernels._BLOCK, reference = 64, linear_cross_entropy._TorchRows
         generator = torch.Generator().manual_seed(0)
         for columns, dtype in itertools.product((50, 64, 200), (torch.float32, torch.bfloat16)):
@@ -171,7 +171,8 @@ def test_swiglu_kernels():
     """
     program = """if True:
         import itertools, torch
-        from infir2 import fp8, swiglu_kernels as kernels
+        from infir2 import fp8
+        from infir2.speed import swiglu_kernels as kernels
 
         def cut(x):
             return (x.view(torch.int32) & -65536).view(torch.float32).bfloat16()

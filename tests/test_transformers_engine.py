@@ -15,8 +15,8 @@ from tolerances import BF16_LOGPROBS, BF16_OUTPUT, LOGITS
 from transformers import Qwen2ForCausalLM
 
 from infir2 import fp8, hf
-from infir2.rollout import Request, Sampling
-from infir2.transformers_engine import (
+from infir2.rl.rollout import Request, Sampling
+from infir2.rl.transformers_engine import (
     Fp8Linear,
     TransformersEngine,
     end_tokens,

@@ -23,7 +23,7 @@ import torch._dynamo
 import torch.utils.tensorboard  # these two take 10 s, at the first optimizer and the first writer
 import transformers  # noqa: F401
 
-from infir2 import engine, language_model, layers, masters, packed_model, policy, pretrain, proof, sft  # noqa: F401
+from infir2 import engine, language_model, layers, masters, packed_model, pretrain, proof, sft  # noqa: F401
 
 
 def run_rank(argv: list[str], environment: dict[str, str], log: str) -> None:

@@ -34,9 +34,10 @@ from pathlib import Path
 
 import numpy as np
 
-from infir2 import kernel_profile, precision
+from infir2 import precision
 from infir2.indexed import IndexedWriter
 from infir2.qwen2 import Shape, megatron_flags
+from infir2.speed import kernel_profile
 
 REPO = Path(__file__).resolve().parents[1]
 log = logging.getLogger("bench_step")

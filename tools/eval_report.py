@@ -5,7 +5,8 @@
 
 Writes scores.json, scores.md, scores.png and scores.html, which needs no network and no script; prints the Markdown.
 Every number is computed from evalscope's reviews and predictions, and must agree with evalscope's own report. The unit
-is the problem: infir2.scores gives the formulas and their sources. A difference inside its interval is no difference.
+is the problem: infir2.evaluation.scores gives the formulas and their sources. A difference inside its interval is no
+difference.
 
 Refused, with status 2: folders that are empty, unfinished, cut or have duplicates; comparisons over other problems,
 benchmarks or sampling settings; and scores of a model whose training data held problems of the benchmark
@@ -31,10 +32,10 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from infir2 import scores
+from infir2.evaluation import scores
+from infir2.evaluation.scores import Estimate
 from infir2.indexed import DataError
 from infir2.receipts import building, read_manifest, sha256_file
-from infir2.scores import Estimate
 
 TRUNCATED = ("max_tokens", "model_length")  # evalscope's words for the finish reason `length`
 CLEAN_ACTIONS = ("drop", "fail")  # of prepare_data.py: what it found is not in the data

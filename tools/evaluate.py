@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from infir2 import serving
-from infir2.benchmarks import BENCHMARKS, Benchmark, check
+from infir2.evaluation.benchmarks import BENCHMARKS, Benchmark, check
 from infir2.indexed import DataError
 from infir2.processes import GuardedProcess, exit_on_signals
 from infir2.receipts import sha256_file

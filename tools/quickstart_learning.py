@@ -1,7 +1,7 @@
 """What the quickstart's model learned from stage to stage: accuracy, reinforcement learning, scores through evalscope.
 
 A part of tools/quickstart_report.py, which says where the files are. Here they are read, and become rows of tables,
-verdicts and a figure. Intervals hold 95 % over problems; those of differences are paired (infir2.scores).
+verdicts and a figure. Intervals hold 95 % over problems; those of differences are paired (infir2.evaluation.scores).
 """
 
 import json
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from infir2 import scores
-from infir2.scores import Estimate
+from infir2.evaluation import scores
+from infir2.evaluation.scores import Estimate
 
 TRAINING = {"pretraining": "pre-\ntraining", "sft_stage1": "SFT 1", "sft_stage2": "SFT 2"}  # the figure's words
 REINFORCING = {"rl_stage1": "RL 1", "rl_stage2": "RL 2"}
@@ -23,9 +23,9 @@ BENCHMARK = "aime24"  # evalscope's name of the form in which it asks the held-o
 CAST = "FP8"  # the name under which the last model, cast to block FP8, is asked
 
 GAIN_LIMIT = 5.0  # points
-GAP_LIMIT = 0.003  # the gate of runs whose engine is in FP8: infir2.rl_arguments.MAX_GEN_KL
+GAP_LIMIT = 0.003  # the gate of runs whose engine is in FP8: infir2.rl.arguments.MAX_GEN_KL
 
-# Names in metrics.jsonl (infir2.rl_log).
+# Names in metrics.jsonl (infir2.rl.log).
 SCORE, GAP, EVALUATION = "rollout/score", "gap/gen_kl_error", "eval/valid/mean"
 LAG = "lag/gen_kl_error"  # in place of GAP, in a step that trained on what an earlier policy left over
 PHASES = ("generation", "training", "sync")

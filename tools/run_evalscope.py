@@ -31,7 +31,7 @@ from evalscope.config import TaskConfig
 from evalscope.evaluator.evaluator import DefaultEvaluator
 from evalscope.run import run_task
 
-from infir2 import code_review, sandbox
+from infir2.evaluation import code_review, sandbox
 
 LIVE_CODE_BENCH = "live_code_bench"
 
@@ -41,7 +41,7 @@ class AllAsked(Exception):
 
 
 class Reviewing(LiveCodeBenchAdapter):
-    """LiveCodeBench whose code runs in infir2.sandbox; the original runs it as a child of this process."""
+    """LiveCodeBench whose code runs in infir2.evaluation.sandbox; the original runs it as a child of this process."""
 
     def match_score(self, original_prediction: str, filtered_prediction: str, reference: str, task_state: Any) -> Score:
         tests = task_state.metadata["evaluation_sample"]

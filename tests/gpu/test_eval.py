@@ -20,7 +20,8 @@ import pytest
 import torch
 from eval_local import write_lines, write_livecodebench
 
-from infir2 import sandbox, serving
+from infir2 import serving
+from infir2.evaluation import sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS, SAMPLES, MAX_TOKENS = 16, 4, 64

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from infir2 import hf, sglang_weights
+from infir2 import hf
 from infir2.qwen2 import Shape
-from infir2.rollout import Request, Sampling
-from infir2.sglang_engine import Client, Server
-from infir2.sglang_weights import Digest, Engine, EngineError, WeightSender
+from infir2.rl import sglang_weights
+from infir2.rl.rollout import Request, Sampling
+from infir2.rl.sglang_engine import Client, Server
+from infir2.rl.sglang_weights import Digest, Engine, EngineError, WeightSender
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU and SGLang")
 
@@ -293,7 +294,7 @@ def test_activations_are_quantised_as_in_training(scale_fmt, column_major):
     """Codes and scales are infir2.fp8's, bit for bit, subnormals and zeros included. Pins: division by a reciprocal,
     flushed subnormals, another rounding."""
     from infir2 import fp8
-    from infir2.sglang_launch import quantiser
+    from infir2.rl.sglang_launch import quantiser
 
     generator = torch.Generator().manual_seed(0)
     exponents = torch.randint(-130, 100, (1001, 7), generator=generator).repeat_interleave(128, 1)

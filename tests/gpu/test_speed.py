@@ -9,7 +9,8 @@ import pytest
 import torch
 from tolerances import BF16_OUTPUT, FP32_LINEAR_CROSS_ENTROPY
 
-from infir2 import fp8, linear_cross_entropy, weight_gradient
+from infir2 import fp8
+from infir2.speed import linear_cross_entropy, weight_gradient
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")
 VOCABULARY, WIDTH = 151936, 1536  # Qwen2.5-1.5B's head
@@ -46,7 +47,7 @@ def milliseconds(function) -> float:
 @pytest.mark.parametrize("first", [0, -500])
 def test_kernels(columns, first):
     """The Triton kernels against plain torch; targets outside of this rank's columns; both ways of being called."""
-    from infir2 import cross_entropy_kernels as kernels
+    from infir2.speed import cross_entropy_kernels as kernels
 
     reference = linear_cross_entropy._TorchRows
     generator = torch.Generator(device="cuda").manual_seed(columns)
@@ -142,7 +143,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 def test_swiglu_kernels(fmt, scale_fmt):
     """Codes and scales of infir2.fp8 from the same BF16 numbers. Those may differ in a last bit where exp does, and so
     may one code in a thousand; more would be another rule."""
-    from infir2 import swiglu_kernels
+    from infir2.speed import swiglu_kernels
 
     random = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(512, 1024, generator=random, device="cuda").bfloat16()
@@ -165,7 +166,7 @@ def feed_forward(function, tokens: int = 16384, hidden: int = 1536, ffn: int = 8
     import transformer_engine.pytorch as te
     from transformer_engine.common.recipe import Float8BlockScaling
 
-    from infir2 import quantised_swiglu
+    from infir2.speed import quantised_swiglu
 
     torch.manual_seed(0)
     fc1 = te.LayerNormLinear(hidden, 2 * ffn, bias=False, normalization="RMSNorm", params_dtype=torch.bfloat16)
@@ -192,7 +193,7 @@ def test_swiglu_between_fp8_layers():
     """The feed-forward part with SwiGLU's quantisation in its kernel, against the plain one: the same FP8 maths."""
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
-    from infir2 import quantised_swiglu
+    from infir2.speed import quantised_swiglu
 
     plain = feed_forward(lambda x: bias_swiglu_impl(x, None))
     ours = feed_forward(lambda x: quantised_swiglu.in_place_of(bias_swiglu_impl)(x, None))

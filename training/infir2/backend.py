@@ -84,13 +84,13 @@ def install() -> str:
 
 
 def _stand_in_for_apex() -> None:
-    """Give Megatron `infir2.weight_gradient` where apex's extension is not installed: it would refuse
+    """Give Megatron `infir2.speed.weight_gradient` where apex's extension is not installed: it would refuse
     --gradient-accumulation-fusion, its default, without it."""
     if APEX_EXTENSION in sys.modules or importlib.util.find_spec(APEX_EXTENSION):
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron was imported before infir2.backend.install(); call install() first")
-    sys.modules[APEX_EXTENSION] = importlib.import_module("infir2.weight_gradient")
+    sys.modules[APEX_EXTENSION] = importlib.import_module("infir2.speed.weight_gradient")
 
 
 @functools.cache
@@ -297,7 +297,7 @@ def _refuse_broken_gradients(original):
 
 
 def _quantised_swiglu(original):
-    return importlib.import_module("infir2.quantised_swiglu").in_place_of(original)
+    return importlib.import_module("infir2.speed.quantised_swiglu").in_place_of(original)
 
 
 FUSED_ON_GPU: dict[str, Callable[[Any], Any]] = {

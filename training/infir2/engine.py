@@ -183,7 +183,7 @@ def model_config(args: Namespace, kind: str, scale_fmt: str) -> tuple[Any, Any]:
     proof = Fp8Proof(args, kind, scale_fmt)
     model.post_wrap_hooks.append(proof.attach)
     if kind == "gpu" and args.fused_swiglu_quantisation:
-        from infir2 import quantised_swiglu
+        from infir2.speed import quantised_swiglu
 
         model.post_wrap_hooks.append(quantised_swiglu.attach)
     if kind == "cpu":

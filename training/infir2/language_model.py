@@ -17,7 +17,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_timers, prin
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
-from infir2 import linear_cross_entropy
+from infir2.speed import linear_cross_entropy
 
 BATCH = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from infir2.grpo import Gap
-from infir2.rollout import Collected, Group, Prompts, Sample
+from infir2.rl.grpo import Gap
+from infir2.rl.rollout import Collected, Group, Prompts, Sample
 
 log = logging.getLogger("rl")
 

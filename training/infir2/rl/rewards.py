@@ -511,7 +511,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         for direction in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # a stopped process must not block us either
             ours.setsockopt(socket.SOL_SOCKET, direction, struct.pack("@ll", math.ceil(self.deadline), 0))
-        code = f"from infir2.rewards import serve; serve({theirs.fileno()}, *{self.arguments!r})"
+        code = f"from infir2.rl.rewards import serve; serve({theirs.fileno()}, *{self.arguments!r})"
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],

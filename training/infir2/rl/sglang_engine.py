@@ -1,7 +1,7 @@
 """SGLang engines: `Server` is one, as a process on GPUs of its node; `Client` generates with several.
 
 A Server is a Ray actor (`ray.remote(Server)`), or an object in any process; the engine dies with it. Colocated, its
-methods are called in this order, where `send` is infir2.sglang_weights.WeightSender's, in the trainers:
+methods are called in this order, where `send` is infir2.rl.sglang_weights.WeightSender's, in the trainers:
 
     client.abort()                 the engines are idle
     server.release()               KV cache and weights leave the GPU; the bytes are checked
@@ -43,10 +43,10 @@ from pathlib import Path
 import aiohttp
 import orjson
 
-from infir2 import sglang_launch, sglang_weights
 from infir2.ray_launch import TAIL_LINES, Worker
-from infir2.rollout import Request, Response, Sampling
-from infir2.sglang_weights import Digest, EngineError, call
+from infir2.rl import sglang_launch, sglang_weights
+from infir2.rl.rollout import Request, Response, Sampling
+from infir2.rl.sglang_weights import Digest, EngineError, call
 
 log = logging.getLogger("sglang")
 
@@ -85,12 +85,12 @@ def command(
     words += ["--random-seed", str(seed), "--skip-tokenizer-init", "--skip-server-warmup"]
     words += ["--custom-weight-loader", sglang_weights.LOADER, "--log-level-http", "warning"]
     words += ["--enable-memory-saver"] * colocate + ["--enable-deterministic-inference"] * deterministic
-    return [python, "-m", "infir2.sglang_launch", *words, *flags]
+    return [python, "-m", "infir2.rl.sglang_launch", *words, *flags]
 
 
 def environment(gpus: Sequence[str], activation_scales: str | None) -> dict[str, str]:
     """What an engine's process gets besides our own environment."""
-    package = str(Path(__file__).resolve().parents[1])
+    package = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH", "")
     variables = {
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
@@ -302,7 +302,7 @@ class _Engine:
 
 
 class Client:
-    """Generates with engines; infir2.rollout.Engine. Its methods are for one thread; requests wait in another.
+    """Generates with engines; infir2.rl.rollout.Engine. Its methods are for one thread; requests wait in another.
 
     stop: every token that ends a response, `stop_tokens` of the model and any others. A request that an engine loses
     (it died, or failed inside) is sent to another one, `tries` times in all, then `next` raises EngineError; so it does
@@ -337,7 +337,7 @@ class Client:
     def _run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    # infir2.rollout.Engine
+    # infir2.rl.rollout.Engine
 
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
         """Send requests. Those of one prompt go to one engine. ValueError for an empty prompt or no room."""

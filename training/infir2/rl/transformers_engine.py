@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from infir2 import fp8, hf
-from infir2.rollout import Request, Response, Sampling
+from infir2.rl.rollout import Request, Response, Sampling
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Whether code written by a model passes a problem's tests: LiveCodeBench's own checker, run in infir2.sandbox.
+"""Whether code written by a model passes a problem's tests: LiveCodeBench's own checker, run in a sandbox.
 
 The checker is `run_test` of LiveCodeBench, as evalscope carries it: an answer is right if it passes every test, each
 within the time limit; its rules for reading input and comparing output are not rewritten here. It runs the code in its
@@ -32,9 +32,9 @@ def review(code: str, tests: str, checker: Path, seconds: float) -> Verdict:
     """Check `code` against LiveCodeBench's `tests` (JSON: inputs, outputs, fn_name), `seconds` for each of them.
 
     `checker` is evalscope's testing_util.py. As in LiveCodeBench all tests together have (seconds + 1) each; what is
-    not done then has failed. Raises infir2.sandbox.SandboxError where code cannot be run safely.
+    not done then has failed. Raises infir2.evaluation.sandbox.SandboxError where code cannot be run safely.
     """
-    from infir2 import sandbox  # not there inside the box
+    from infir2.evaluation import sandbox  # not there inside the box
 
     limits = sandbox.Limits(START_SECONDS + (seconds + 1) * len(json.loads(tests)["inputs"]))
     request = {"code": code, "tests": tests, "checker": str(checker), "seconds": seconds}
@@ -53,7 +53,7 @@ def review(code: str, tests: str, checker: Path, seconds: float) -> Verdict:
 
 def workers() -> int:
     """How many reviews may run at once: one a core, as far as memory goes."""
-    from infir2.sandbox import Limits
+    from infir2.evaluation.sandbox import Limits
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory // Limits(0).memory))

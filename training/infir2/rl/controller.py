@@ -1,9 +1,9 @@
-"""Reinforcement learning: `python -m infir2.rl FLAGS`, with Megatron's own flags and those of infir2.rl_arguments.
+"""Reinforcement learning: `python -m infir2.rl FLAGS`, with Megatron's own flags and those of infir2.rl.arguments.
 
-This is the controller. It holds no weights: trainers (Megatron, infir2.policy) and engines (SGLang, or a transformers
-model on a CPU) are Ray actors. A step generates, scores, trains, and hands the new weights to the engines, which hold
-the very codes that training computes with. How far the engines' probabilities are from the trainers' is measured in
-every step, and ends the run where it says that they no longer are the same model.
+This is the controller. It holds no weights: trainers (Megatron, infir2.rl.policy) and engines (SGLang, or a
+transformers model on a CPU) are Ray actors. A step generates, scores, trains, and hands the new weights to the engines,
+which hold the very codes that training computes with. How far the engines' probabilities are from the trainers' is
+measured in every step, and ends the run where it says that they no longer are the same model.
 
 A checkpoint is Megatron's, and the state of the data beside it. The same command resumes from the last one; on a CPU
 the run then goes on exactly as if it had not ended.
@@ -23,13 +23,15 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from infir2 import grpo, ray_launch, rewards, rl_arguments, rollout
+from infir2 import ray_launch
 from infir2.data.chat import ChatTokenizer
 from infir2.indexed import DataError
 from infir2.precision import scale_format
 from infir2.ray_cluster import Refusal
-from infir2.rl_actors import Lost, SGLangEngines, Trainers, TransformersEngines
-from infir2.rl_log import StepLog
+from infir2.rl import arguments as rl_arguments
+from infir2.rl import grpo, rewards, rollout
+from infir2.rl.actors import Lost, SGLangEngines, Trainers, TransformersEngines
+from infir2.rl.log import StepLog
 
 log = logging.getLogger("rl")
 
@@ -279,7 +281,3 @@ def main() -> int:
         log.error("error: %s. The same command resumes from the last checkpoint.", error)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

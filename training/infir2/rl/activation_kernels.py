@@ -1,6 +1,6 @@
 """A Triton kernel that quantises activations as training does: infir2.fp8's ROW tiles, E4M3, bit for bit.
 
-For engines on a GPU (infir2.sglang_launch). `infir2.fp8.quantize(x, ROW, E4M3, scale_fmt)` is its reference.
+For engines on a GPU (infir2.rl.sglang_launch). `infir2.fp8.quantize(x, ROW, E4M3, scale_fmt)` is its reference.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""Triton kernels of infir2.linear_cross_entropy: one program a row of logits, which it reads twice and writes once.
+"""Triton kernels of linear_cross_entropy: one program a row of logits, which it reads twice and writes once.
 
 A row of 152 thousand BF16 logits is 0.3 MB and the rows in flight fit Hopper's L2 cache, so the second read is cheap
 where statistics and gradient are computed by one kernel. The operations are those of
-`infir2.linear_cross_entropy._TorchRows`, which is their reference.
+`infir2.speed.linear_cross_entropy._TorchRows`, which is their reference.
 """
 
 import torch

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infir2 import swiglu_kernels
-from infir2.swiglu_kernels import BLOCK, Quantised
+from infir2.speed import swiglu_kernels
+from infir2.speed.swiglu_kernels import BLOCK, Quantised
 
 
 def in_place_of(original: Callable) -> Callable:

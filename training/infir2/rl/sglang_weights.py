@@ -4,7 +4,7 @@ Trainer's side: `WeightSender.send` takes (Hugging Face name, tensor) pairs, FP8
 into buckets of one flat array each, and hands those to every engine: through CUDA IPC where trainer and engine share a
 GPU, through NCCL where they do not. `send_folder` is the last resort. An engine stores bytes; it never quantises.
 
-Engine's side: `load` runs inside SGLang (`--custom-weight-loader infir2.sglang_weights.load`). Through SGLang's own
+Engine's side: `load` runs inside SGLang (`--custom-weight-loader infir2.rl.sglang_weights.load`). Through SGLang's own
 loader a wrong name is a line in a log, a missing tensor is nothing at all, and a BF16 tensor for an FP8 parameter of
 some other model is an assertion that kills the engine. `load` refuses those before it writes, and answers in a file.
 
@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-LOADER = "infir2.sglang_weights.load"
+LOADER = "infir2.rl.sglang_weights.load"
 GROUP = "infir2_weights"
 BUCKET_BYTES = 512 * 2**20
 

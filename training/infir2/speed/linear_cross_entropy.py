@@ -25,7 +25,7 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infir2 import weight_gradient
+from infir2.speed import weight_gradient
 
 CHUNK_ELEMENTS = 2**29  # logits held at once: 1 GiB in BF16
 CHUNK_ELEMENTS_CPU = 2**21  # those of a chunk stay in cache
@@ -143,13 +143,13 @@ def _reduce(maximum: Tensor, total: Tensor, of_target: Tensor, group) -> tuple[T
 
 
 def _kernels():
-    from infir2 import cross_entropy_kernels
+    from infir2.speed import cross_entropy_kernels
 
     return cross_entropy_kernels
 
 
 class _TorchRows:
-    """The operations of infir2.cross_entropy_kernels in plain torch: for the CPU, and as the kernels' reference."""
+    """The operations of cross_entropy_kernels in plain torch: for the CPU, and as the kernels' reference."""
 
     @staticmethod
     def statistics(logits: Tensor, target: Tensor, token_weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

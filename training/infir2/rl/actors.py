@@ -1,7 +1,7 @@
 """The processes of reinforcement learning: Ray actors, and what the controller holds of them.
 
 `Trainers` are one Megatron rank each, on the GPUs (or CPUs) of a placement group. `TransformersEngines` is the engine
-of a CPU; SGLang's is infir2.sglang_engine. An actor's output goes to a file in the run's `logs` folder. Ray ends the
+of a CPU; SGLang's is infir2.rl.sglang_engine. An actor's output goes to a file in the run's `logs` folder. Ray ends the
 actors of a controller that is gone; an actor that is lost ends the run.
 """
 
@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from infir2.ray_cluster import Refusal, forwarded
 from infir2.ray_launch import START_SECONDS, Place, Worker, environments
-from infir2.rollout import Request, Response, Sampling
+from infir2.rl.rollout import Request, Response, Sampling
 
 TAIL_LINES = 20
 
@@ -49,7 +49,7 @@ def become(log: str, environment: dict[str, str], folder: str) -> None:
 
 
 class Trainer:
-    """One rank. Its methods are those of infir2.policy.Policy; only rank 0 returns what is large."""
+    """One rank. Its methods are those of infir2.rl.policy.Policy; only rank 0 returns what is large."""
 
     def place(self) -> Place:
         return Worker().place()
@@ -60,16 +60,17 @@ class Trainer:
     def prepare(self, words: list[str], environment: dict[str, str], log: str, folder: str) -> None:
         """Import, parse, check; no GPU memory is taken."""
         become(log, environment, folder)
-        from infir2 import backend, engine, precision, rl_arguments
+        from infir2 import backend, engine, precision
+        from infir2.rl import arguments as rl_arguments
 
         sys.argv = ["infir2.rl", *words]
         scale_fmt = precision.set_scale_format()
         kind = backend.install()
         args, start = engine.parse(rl_arguments.ReinforcementLearning(), kind, scale_fmt)
-        import infir2.policy
+        import infir2.rl.policy
 
         self.rank = args.rank
-        self._build = lambda: infir2.policy.Policy(args, start, kind, scale_fmt, rl_arguments.objective(args))
+        self._build = lambda: infir2.rl.policy.Policy(args, start, kind, scale_fmt, rl_arguments.objective(args))
 
     def build(self) -> Namespace:
         """Build and load; returns the arguments, `iteration` being the checkpoint's."""
@@ -89,14 +90,14 @@ class Trainer:
 
     def weights(self, fp8: bool) -> dict | None:
         """The bytes of all tensors."""
-        from infir2.transformers_engine import to_bytes
+        from infir2.rl.transformers_engine import to_bytes
 
         found = {name: to_bytes(tensor) for name, tensor in self.policy.weights(fp8)}
         return found if self.rank == 0 else None
 
     def connect(self, engines: list) -> None:
-        """Prepare to send weights to SGLang engines (infir2.sglang_weights.Engine)."""
-        from infir2.sglang_weights import WeightSender
+        """Prepare to send weights to SGLang engines (infir2.rl.sglang_weights.Engine)."""
+        from infir2.rl.sglang_weights import WeightSender
 
         self.sender = WeightSender(engines, address=ray.util.get_node_ip_address())
 
@@ -115,7 +116,7 @@ class Trainer:
         torch.cuda.empty_cache()
 
     def digests(self, fp8: bool) -> dict[str, str] | None:
-        from infir2.transformers_engine import digest
+        from infir2.rl.transformers_engine import digest
 
         found = {name: digest(tensor) for name, tensor in self.policy.weights(fp8)}
         return found if self.rank == 0 else None
@@ -199,7 +200,7 @@ class TransformersProcess:
     def start(self, folder: str, scale_fmt: str, environment: dict[str, str], log: str) -> str:
         """Returns the engine's precision."""
         become(log, environment, os.getcwd())
-        from infir2.transformers_engine import TransformersEngine
+        from infir2.rl.transformers_engine import TransformersEngine
 
         self.engine = TransformersEngine(folder, scale_fmt)
         return self.engine.precision
@@ -253,7 +254,7 @@ class TransformersEngines:
     def close(self) -> None:
         ray.kill(self.actor)
 
-    # infir2.rollout.Engine
+    # infir2.rl.rollout.Engine
 
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
         self.pending.extend(requests)
@@ -285,7 +286,7 @@ class SGLangEngines:
     """SGLang servers, one actor each: on the trainers' GPUs in turns with them, or on GPUs of their own."""
 
     def __init__(self, args: Namespace, trainers: Trainers, group: PlacementGroup, logs: Path) -> None:
-        from infir2 import sglang_engine
+        from infir2.rl import sglang_engine
 
         self.colocate, self.gpus = args.colocate, args.rollout_num_gpus_per_engine
         self.flags = shlex.split(args.sglang_arguments)
@@ -321,7 +322,7 @@ class SGLangEngines:
 
     def start(self, folder: Path, scale_fmt: str, seed: int) -> None:
         """Begin to start; `wait` waits."""
-        from infir2.rl_arguments import engine_precision
+        from infir2.rl.arguments import engine_precision
 
         self.precision, self.folder = engine_precision(folder, scale_fmt), folder.resolve()
         scales = None if self.own_scales or self.precision == "bf16" else scale_fmt
@@ -337,14 +338,14 @@ class SGLangEngines:
 
     def wait(self) -> None:
         """Until every engine has generated a token; colocated ones then give their memory back."""
-        from infir2.sglang_engine import Client, stop_tokens
+        from infir2.rl.sglang_engine import Client, stop_tokens
 
         self.urls = self._all(self.started)
         self.client = Client(self.urls, sorted(stop_tokens(self.folder)))
         self.make_room()
 
     def connect(self, trainers: Trainers) -> None:
-        from infir2.sglang_weights import Engine
+        from infir2.rl.sglang_weights import Engine
 
         trainers.connect([Engine(url, self.gpus, ranks) for url, ranks in zip(self.urls, self.ranks, strict=True)])
 
@@ -362,7 +363,7 @@ class SGLangEngines:
 
     def check(self, trainers: Trainers) -> None:
         """Lost unless every tensor of every engine is the trainers', bit for bit."""
-        from infir2.sglang_weights import EngineError, compare
+        from infir2.rl.sglang_weights import EngineError, compare
 
         for number, held in enumerate(self._all([actor.weights.remote(True) for actor in self.actors])):
             try:

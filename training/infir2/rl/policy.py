@@ -20,9 +20,9 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch import Tensor
 
 from infir2 import engine, hf, packing, preflight, qwen2
-from infir2.grpo import Objective, TokenLogprobs
 from infir2.packed_model import to_device
-from infir2.rollout import Batch
+from infir2.rl.grpo import Objective, TokenLogprobs
+from infir2.rl.rollout import Batch
 from infir2.sft import PackedBatches
 
 

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from infir2 import grpo, rewards
 from infir2.data.chat import BadMessages, ChatTokenizer, check_messages, label_text
 from infir2.data.samples import epoch_order
 from infir2.indexed import DataError
+from infir2.rl import grpo, rewards
 
 logger = logging.getLogger(__name__)
 

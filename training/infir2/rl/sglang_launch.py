@@ -1,6 +1,6 @@
 """`sglang.launch_server`, its FP8 engine quantising activations bit for bit as training does.
 
-    ACTIVATION_SCALES=pow2 python -m infir2.sglang_launch --model-path DIR ...
+    ACTIVATION_SCALES=pow2 python -m infir2.rl.sglang_launch --model-path DIR ...
 
 SGLang 0.5.17 on Hopper scales activations by FP32 numbers, amax / 448, whatever the format of the weights' scales.
 Where training took powers of two, trainer and engine then round each activation differently. Its linear layers look
@@ -28,7 +28,7 @@ _UNKNOWN = "sglang_per_token_group_quant_fp8_row_padded"
 
 def quantiser(scale_fmt: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """What replaces SGLang's quantiser of 128 neighbours: its arguments, its results, its scales' layouts."""
-    from infir2.activation_kernels import GROUP, quantize_
+    from infir2.rl.activation_kernels import GROUP, quantize_
 
     def quantise(
         x: Tensor,

@@ -8,9 +8,10 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Any
 
-from infir2 import engine, hf, packing, qwen2, receipts, rewards, serving
-from infir2.grpo import Objective
-from infir2.rollout import Plan, Sampling
+from infir2 import engine, hf, packing, qwen2, receipts, serving
+from infir2.rl import rewards
+from infir2.rl.grpo import Objective
+from infir2.rl.rollout import Plan, Sampling
 
 MAX_GEN_KL = {"fp8": 0.003, "bf16": 0.002}  # by the engine's precision; docs/RL.md has the sources
 
