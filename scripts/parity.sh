@@ -32,13 +32,16 @@ smollm2() {
         "$PYTHON" tools/make_smollm2_base.py --output-dir "$HF_CHECKPOINT"
 }
 
-# train NUMBER PRECISION SEED: on the GPU of that number; what it prints goes into the run's log.txt.
+# train NUMBER PRECISION SEED: on the GPU of that number, unless it has ended; what it prints goes into the run's log.txt.
 train() {
-    local name=InfiR2_CPT_$2_smollm2-135m_$3
+    local name=InfiR2_CPT_$2_smollm2-135m_$3 ended
+    ended=$PARITY/$name/ended # holds the flags it ran with
+    if [[ -f $ended && $(<"$ended") == "${FLAGS[*]}" ]]; then log "$name: reused" && return; fi
     mkdir -p "$PARITY/$name"
     log "$name: $PARITY/$name/log.txt"
     CUDA_VISIBLE_DEVICES=$(($1 % GPUS)) NAME=$name SEED=$3 bash "scripts/CPT/InfiR2_CPT_$2_smollm2-135m.sh" "${NUMBERS[@]}" \
         "${FLAGS[@]}" >>"$PARITY/$name/log.txt" 2>&1 || die "$name failed; see $PARITY/$name/log.txt"
+    printf '%s' "${FLAGS[*]}" >"$ended"
 }
 
 report() {

@@ -330,7 +330,8 @@ def parity(folder: Path, *words: str, fails: str = "nothing") -> tuple[subproces
 
 def test_parity(tmp_path):
     """Both precisions with both seeds, a GPU each; each seed's report has the other as its noise. Pins runs that differ
-    in more than precision and seed, two runs on one GPU at once, and a gate that failed unseen."""
+    in more than precision and seed, two runs on one GPU at once, a gate that failed unseen, and runs of other flags
+    reused."""
     done, calls = parity(tmp_path, "--lr", "1e-4")
     assert done.returncode == 1, done.stderr  # the second report's
     runs, reports = calls[:4], calls[4:]
@@ -345,6 +346,8 @@ def test_parity(tmp_path):
     assert sorted(found) == [("BF16", "1236"), ("BF16", "1237"), ("FP8", "1236"), ("FP8", "1237")]
     assert found["FP8", "1236"] == found["FP8", "1237"]
     assert [Path(words[words.index("--bf16-seed") + 1]).name[-4:] for words in reports] == ["1237", "1236"]
+    assert len(parity(tmp_path, "--lr", "1e-4")[1]) == 6 + 2  # the reports alone
+    assert len(parity(tmp_path, "--lr", "2e-4")[1]) == 6 + 2 + 6
 
 
 def test_parity_stops_at_a_failed_run(tmp_path):
