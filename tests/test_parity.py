@@ -261,6 +261,8 @@ def test_a_pair_within_the_gate(pair, tmp_path, capsys):
     assert [one["gap"] for one in content["evaluations"]] == [0.0, 1 / 128]
     assert [one["label"] for one in content["runs"]] == ["FP8", "BF16", "BF16, second seed"]
     assert content["runs"][0]["grad_norm"]["32"] == 1.5
+    last = [[run["loss"][str(step)] for step in range(STEPS - 3, STEPS + 1)] for run in content["runs"][:2]]
+    assert content["training_gap_nats"] == {"steps": 4, "mean": pytest.approx(np.mean(last[0]) - np.mean(last[1]))}
     assert content["commands"]["other"] == []
     assert [flag for flag, _, _ in content["commands"]["precision"]] == ["--fp8-format", "--fp8-recipe"]
     assert len(content["weights"]["layers"]) == 4 * LAYERS

@@ -8,7 +8,7 @@
 RUN is a folder of scripts/CPT or scripts/SFT, its run ended. Writes parity.json, parity.md, parity.png and
 parity.html, which needs no network and no script; prints the Markdown.
 
-    gap         FP8's held-out loss less BF16's, at every evaluation; at the last step the gate judges it
+    gap         FP8's held-out loss less BF16's, at every evaluation; at the last step the gate judges it; and of the training loss
     noise       how far two BF16 seeds are apart at the same evaluations, where --bf16-seed gives the second
     gradients   their norm by step
     weights     those of the FP8 run's last checkpoint, quantised as training does: SNR, underflow, saturation
@@ -373,6 +373,13 @@ def gate_words(last: Evaluation) -> str:
     return words
 
 
+def training_gap(fp8_loss: dict[int, float], bf16_loss: dict[int, float]) -> tuple[int, float]:
+    """A tenth of the steps, and FP8's training loss less BF16's, averaged over that many at the end."""
+    steps = sorted(fp8_loss.keys() & bf16_loss.keys())
+    count = max(1, len(steps) // 10)
+    return count, float(np.mean([fp8_loss[step] - bf16_loss[step] for step in steps[-count:]]))
+
+
 def noise_words(found: list[Evaluation]) -> str:
     """How the gap compares with the noise of seeds, as sentences."""
     last = found[-1]
@@ -637,7 +644,11 @@ def gap_table(report: Report) -> Table:
         )
         for one in report.evaluations
     ]
-    notes = ["Nats per token. At a step FP8 and BF16 are evaluated on the same batches."]
+    count, gap = training_gap(report.fp8.loss, report.bf16.loss)
+    notes = [
+        "Nats per token. At a step FP8 and BF16 are evaluated on the same batches. Of the training loss, over the last "
+        f"{count:,} steps, the gap is {gap:+.4f} on average; where text is seen again it says what is learned by heart."
+    ]
     if report.second_commands:
         extra = [flag for flag, _, _ in report.second_commands.other if flag != "--seed"]
         notes.append("A seed decides the order of the data too; in pre-training, of the held-out text as well.")
@@ -774,6 +785,7 @@ def as_json(report: Report) -> str:
             "noise_nats": report.last.noise,
             "words": [gate_words(report.last), noise_words(report.evaluations)],
         },
+        "training_gap_nats": dict(zip(("steps", "mean"), training_gap(report.fp8.loss, report.bf16.loss), strict=True)),
         "verdicts": [asdict(verdict) for verdict in verdicts(report)],
         "evaluations": [asdict(one) | {"gap": one.gap, "noise": one.noise} for one in report.evaluations],
         "runs": [asdict(run) | {"folder": str(run.folder), "name": run.name} for run in report.runs],
