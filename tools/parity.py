@@ -8,7 +8,8 @@
 RUN is a folder of scripts/CPT or scripts/SFT, its run ended. Writes parity.json, parity.md, parity.png and
 parity.html, which needs no network and no script; prints the Markdown.
 
-    gap         FP8's held-out loss less BF16's, at every evaluation; at the last step the gate judges it; and of the training loss
+    gap         FP8's held-out loss less BF16's, at every evaluation; at the last step the gate judges it. The training
+                loss's, too, over the last tenth of the steps
     noise       how far two BF16 seeds are apart at the same evaluations, where --bf16-seed gives the second
     gradients   their norm by step
     weights     those of the FP8 run's last checkpoint, quantised as training does: SNR, underflow, saturation
