@@ -32,16 +32,24 @@ smollm2() {
         "$PYTHON" tools/make_smollm2_base.py --output-dir "$HF_CHECKPOINT"
 }
 
-# train NUMBER PRECISION SEED: on the GPU of that number, unless it has ended; what it prints goes into the run's log.txt.
-train() {
-    local name=InfiR2_CPT_$2_smollm2-135m_$3 ended
-    ended=$PARITY/$name/ended # holds the flags it ran with
+# enlist PRECISION SEED: put a run among those that train next, a GPU each, unless it has ended with the same flags.
+enlist() {
+    local name=InfiR2_CPT_$1_smollm2-135m_$2 command
+    local ended=$PARITY/$name/ended
     if [[ -f $ended && $(<"$ended") == "${FLAGS[*]}" ]]; then log "$name: reused" && return; fi
-    mkdir -p "$PARITY/$name"
-    log "$name: $PARITY/$name/log.txt"
-    CUDA_VISIBLE_DEVICES=$(($1 % GPUS)) NAME=$name SEED=$3 bash "scripts/CPT/InfiR2_CPT_$2_smollm2-135m.sh" "${NUMBERS[@]}" \
-        "${FLAGS[@]}" >>"$PARITY/$name/log.txt" 2>&1 || die "$name failed; see $PARITY/$name/log.txt"
-    printf '%s' "${FLAGS[*]}" >"$ended"
+    printf -v command '%q ' env "CUDA_VISIBLE_DEVICES=${#NAMES[@]}" "NAME=$name" "SEED=$2" \
+        bash "scripts/CPT/InfiR2_CPT_$1_smollm2-135m.sh" "${NUMBERS[@]}" "${FLAGS[@]}"
+    COMMANDS+=(--run "$1, seed $2" "$PARITY/$name/log.txt" "$command")
+    NAMES+=("$name")
+}
+
+# train: run what is enlisted, side by side; the failure of one ends all.
+train() {
+    local name
+    ((${#NAMES[@]})) || return 0
+    "$PYTHON" tools/side_by_side.py "${COMMANDS[@]}"
+    for name in "${NAMES[@]}"; do printf '%s' "${FLAGS[*]}" >"$PARITY/$name/ended"; done
+    NAMES=() COMMANDS=()
 }
 
 report() {
@@ -57,18 +65,14 @@ missing "$DATA_DIR" "$PYTHON" tools/prepare_data.py cpt --input "$PARITY/corpus/
     --near-duplicates 0.8 --seq-length 1024
 missing "$REF_LOAD" "$PYTHON" tools/convert_hf_to_torch_dist.py --input-dir "$HF_CHECKPOINT" --output-dir "$REF_LOAD"
 
-number=0 running=()
+NAMES=() COMMANDS=()
 for seed in "${SEEDS[@]}"; do
     for precision in FP8 BF16; do
-        train "$number" "$precision" "$seed" &
-        running+=($!) number=$((number + 1))
-        if ((${#running[@]} == GPUS)); then
-            for process in "${running[@]}"; do wait "$process"; done
-            running=()
-        fi
+        enlist "$precision" "$seed"
+        if ((${#NAMES[@]} == GPUS)); then train; fi
     done
 done
-for process in "${running[@]}"; do wait "$process"; done
+train
 
 failed=0 # the gate of either seed
 report "${SEEDS[0]}" "${SEEDS[1]}" || failed=$?

@@ -130,20 +130,20 @@ def parse(stage: Stage, kind: str, scale_fmt: str) -> tuple[Namespace, preflight
     sys.argv += backend.arguments(kind)
     args = parse_args(partial(add_arguments, stage))
     stage.settle(args)
-    settle_checks(args)
-    if args.fused_swiglu_quantisation and args.te_precision_config_file:
-        raise ValueError(
-            f"{backend.FUSED_SWIGLU} is for models whose layers are all in FP8, and "
-            f"{args.te_precision_config_file} names each layer's precision. Leave one of them out."
-        )
+    settle_speed(args)
     start = preflight.check(args, stage, kind, scale_fmt) if args.rank == 0 else preflight.choose_start(args)
     validate_args(args)
     set_global_variables(args)
     return args, start
 
 
-def settle_checks(args: Namespace) -> None:
-    """Where NaN and Inf are looked for. The norm is always checked (infir2.backend), where there is one."""
+def settle_speed(args: Namespace) -> None:
+    """What the flags that make a step faster need. Whatever they say, a gradient norm is checked (infir2.backend)."""
+    if args.fused_swiglu_quantisation and args.te_precision_config_file:
+        raise ValueError(
+            f"{backend.FUSED_SWIGLU} is for models whose layers are all in FP8, and "
+            f"{args.te_precision_config_file} names each layer's precision. Leave one of them out."
+        )
     if not args.check_gradients_once:
         return
     if args.clip_grad <= 0:
