@@ -38,13 +38,13 @@ from random import Random
 from infir2.indexed import DataError
 from infir2.receipts import building, reusable, tool_facts, write_manifest
 
-VERSION = 8  # raise it when the same request would give other bytes
+VERSION = 9  # raise it when the same request would give other bytes
 NUMBERS = range(10, 100)
 DIGITS = 3  # of every number in an answer's working: four numbers make 396 at most
 # By set, and by how many numbers a problem has: problems to train on. Held out are those of `HELD_OUT`.
 TRAIN = {
     "stage1": {2: 3210, 3: 630},
-    "stage2": {2: 800, 3: 5200, 4: 6800},
+    "stage2": {2: 1120, 3: 7280, 4: 9520},
     "rl1": {3: 512, 4: 1536},
     "rl2": {4: 2048},
 }

@@ -11,13 +11,13 @@ require HF_CHECKPOINT "Hugging Face folder of the base model: shape and tokenize
 use_model smollm2-135m "$HF_CHECKPOINT"
 use_precision "${PRECISION:-fp8}"
 
-# One step is 64 problems; 3,200 of them = 50 steps an epoch, 100 in all.
+# One step is 64 problems; 3,840 of them = 60 steps an epoch, 120 in all.
 EPOCHS=2 GLOBAL_BATCH=64
 SEQ_LENGTH=512 MAX_TOKENS_PER_GPU=8192 RECOMPUTE=none
 NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-1} TP=1 PP=1 CP=1 # 3 KV groups: no tensor parallelism
 LR=2e-4 MIN_LR=2e-5
 SEED=1236
-SAVE_INTERVAL=100 EVAL_INTERVAL=50 EVAL_EXACT_MATCH=256
+SAVE_INTERVAL=120 EVAL_INTERVAL=60 EVAL_EXACT_MATCH=256
 
 require REF_LOAD "checkpoints of the CPT run"
 start_from_base "$REF_LOAD"
