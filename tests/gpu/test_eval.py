@@ -90,27 +90,27 @@ def test_server(variable, tmp_path):
     )
 
 
-@pytest.mark.parametrize("benchmark", FOLDERS)
-def test_script(benchmark, tmp_path):
+@pytest.mark.parametrize("name", FOLDERS)
+def test_script(name, tmp_path):
     """BENCHMARK_eval.sh for both models, side by side in one report. Pins a chain that holds on a CPU alone."""
     if not has_evalscope():
         pytest.skip(f"{EVALSCOPE} has no evalscope: the script was not run, the server alone")
-    if benchmark == "livecodebenchv5" and (why := sandbox.missing()):
+    if name == "livecodebenchv5" and (why := sandbox.missing()):
         pytest.skip(f"no sandbox can be made here, so model-written code is not run: {why}")
     before = gpu_processes()
-    write_problems(benchmark, tmp_path / FOLDERS[benchmark])
-    models = [word for name in ("MODEL", "MODEL_FP8") for word in ("--model", f"{name}={os.environ[name]}")]
-    command = ["bash", str(ROOT / f"scripts/eval/{benchmark}_eval.sh"), *models]
+    write_problems(name, tmp_path / FOLDERS[name])
+    models = [word for key in ("MODEL", "MODEL_FP8") for word in ("--model", f"{key}={os.environ[key]}")]
+    command = ["bash", str(ROOT / f"scripts/eval/{name}_eval.sh"), *models]
     command += ["--samples", str(SAMPLES), "--max-tokens", str(MAX_TOKENS)]
     settings = {"PYTHON": sys.executable, "EVALSCOPE_PYTHON": EVALSCOPE, "DATASET_LOCAL": str(tmp_path)}
     environment = {**os.environ, **settings, "OUTPUT": str(tmp_path / "out")}
     begin = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    report = tmp_path / "out" / benchmark / "report/scores.json"
-    scores = json.loads(report.read_text())["benchmarks"][benchmark]["scores"]
-    for name in ("MODEL", "MODEL_FP8"):
-        assert (scores[name]["problems"], scores[name]["samples"]) == (PROBLEMS, SAMPLES)
+    report = tmp_path / "out" / name / "report/scores.json"
+    scores = json.loads(report.read_text())["benchmarks"][name]["scores"]
+    for key in ("MODEL", "MODEL_FP8"):
+        assert (scores[key]["problems"], scores[key]["samples"]) == (PROBLEMS, SAMPLES)
     assert gone(before)
     seconds = round(time.monotonic() - begin, 1)
-    print(json.dumps({"benchmark": benchmark, "seconds": seconds, "scores": scores}))
+    print(json.dumps({"benchmark": name, "seconds": seconds, "scores": scores}))

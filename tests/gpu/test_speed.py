@@ -141,13 +141,15 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("scale_fmt", fp8.SCALE_FORMATS)
 @pytest.mark.parametrize("fmt", [fp8.E4M3, fp8.E5M2])
 def test_swiglu_kernels(fmt, scale_fmt):
-    """Codes and scales of infir2.fp8 from the same BF16 numbers. Those may differ in a last bit where exp does, and so
-    may one code in a thousand; more would be another rule."""
+    """Codes and scales of infir2.fp8 from the same BF16 numbers, zeros and the smallest among them. Those may differ in
+    a last bit where exp does, and so may one code in a thousand; more would be another rule. What is no number stays
+    none: a saturated code would hide it from the gradient norm."""
     from infir2.speed import swiglu_kernels
 
     random = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(512, 1024, generator=random, device="cuda").bfloat16()
     dy = torch.randn(512, 512, generator=random, device="cuda").bfloat16()
+    x[3], x[4], x[:, 5], x[:, 6], x[5] = 0, x[4] * 1e-20, 0, x[:, 6] * 1e-30, x[5] * 1e10
     leaf = x.float().requires_grad_()
     y = swiglu(leaf)
     y.backward(dy.float())
@@ -159,6 +161,31 @@ def test_swiglu_kernels(fmt, scale_fmt):
             assert (scale_inv.t() != scales).float().mean() < 0.02
             same = (scale_inv.t() == scales).repeat_interleave(128, 1)
             assert (codes.view(torch.uint8) != right.view(torch.uint8))[same].float().mean() < 0.001
+    x[7, 3], x[8, 4] = torch.nan, torch.inf
+    for one in (swiglu_kernels.swiglu(x, *arguments), swiglu_kernels.swiglu_gradient(dy, x, *arguments)):
+        for row, column in ((7, 3), (8, 4)):
+            assert one.codes.float()[row, column].isnan()
+            assert one.transposed.float()[column, row].isnan()
+
+
+def test_time_of_swiglu_kernels():
+    """At 1.5B's size, beside a copy: prints bytes a second of each, those that the maths needs."""
+    from infir2.speed import swiglu_kernels
+
+    tokens, features = 16384, 8960
+    x = torch.randn(tokens, 2 * features, device="cuda").bfloat16()
+    dy = torch.randn(tokens, features, device="cuda").bfloat16()
+    target = torch.empty_like(x)
+    calls = {
+        "copy": (lambda: target.copy_(x), 8),
+        "forward": (lambda: swiglu_kernels.swiglu(x, torch.float8_e4m3fn, True), 6),
+        "backward": (lambda: swiglu_kernels.swiglu_gradient(dy, x, torch.float8_e4m3fn, True), 10),
+    }
+    found = {name: milliseconds(call) for name, (call, _) in calls.items()}
+    rates = {name: tokens * features * calls[name][1] / ms / 1e6 for name, ms in found.items()}
+    print(json.dumps({"ms": found, "GB/s": rates}))
+    assert rates["forward"] > 0.5 * rates["copy"]
+    assert rates["backward"] > 0.4 * rates["copy"]
 
 
 def feed_forward(function, tokens: int = 16384, hidden: int = 1536, ffn: int = 8960):
