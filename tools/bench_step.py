@@ -438,6 +438,7 @@ def table(report: dict) -> str:
         "tokens/s/GPU",
         "TFLOP/s/GPU",
         "peak GB",
+        "reserved GB",  # a CUDA graph's memory is not in the peak
     ]
     lines += ["", _row(header), _row(["---"] * len(header))]
     lines += [_row(_arm_cells(name, entries, controls)) for name in entries]
@@ -459,7 +460,7 @@ def _arm_cells(name: str, entries: dict, controls: list[str]) -> list[str]:
         ratios.append("{1:.3f} ({0:.3f}-{2:.3f})".format(*quartiles(values)) if values else "-")
     one = next(one for one in entry["rounds"] if "seconds" in one)
     rate = 1e3 / middle / one["gpus"]
-    peak = max(one.get("peak_gb", 0.0) for one in entry["rounds"])
+    peak, reserved = (max(one.get(key, 0.0) for one in entry["rounds"]) for key in ("peak_gb", "reserved_gb"))
     return [
         name,
         f"{middle:.1f} ({low:.1f}-{high:.1f})",
@@ -467,6 +468,7 @@ def _arm_cells(name: str, entries: dict, controls: list[str]) -> list[str]:
         f"{one['tokens'] * rate:.0f}",
         f"{one['flops'] * rate / 1e12:.1f}",
         f"{peak:.2f}",
+        f"{reserved:.2f}",
     ]
 
 
