@@ -353,15 +353,17 @@ def test_server_that_does_not_answer_is_refused(evalscope, aime, tmp_path):
 
 def test_four_benchmarks_of_a_tiny_model(evalscope, datasets, tiny_model, tmp_path):
     """A real server, evalscope and the report, without a network: the first script with a server of its own, which
-    ends with it; the others at the same time with one that runs. Pins a chain whose parts only fit on paper."""
+    ends with it; the others at the same time with one that runs. Pins a chain whose parts only fit on paper, and one
+    that asks the web's proxy for a server on this machine."""
     flags = ("--samples", "2", "--max-tokens", "8")
     output = tmp_path / "out"
-    own = start("aime24_eval", evalscope, datasets, output, *flags, MODEL_PATH=str(tiny_model))
+    proxy = {"ALL_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "no_proxy": "example.org"}
+    own = start("aime24_eval", evalscope, datasets, output, *flags, MODEL_PATH=str(tiny_model), **proxy)
     assert own.wait(300) == 0, (output / "aime24_eval.err").read_text()[-3000:]
     assert not alive(str(output))
     sampling = {"temperature": 0.65, "top_p": 0.95}
     with serving.serving(Server("cpu"), [tiny_model], sampling, tmp_path / "log") as (url, _):
-        more = {"MODEL_PATH": str(tiny_model), "API_URL": url, "NAME": "tiny"}
+        more = {"MODEL_PATH": str(tiny_model), "API_URL": url, "NAME": "tiny", **proxy}
         scripts = ["aime25_eval", "gpqa_eval", "livecodebenchv5_eval"]
         running = {name: start(name, evalscope, datasets, output, *flags, **more) for name in scripts}
         for name, process in running.items():

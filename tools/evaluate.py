@@ -29,7 +29,7 @@ from typing import Any
 from infir2 import serving
 from infir2.evaluation.benchmarks import BENCHMARKS, Benchmark, check
 from infir2.indexed import DataError
-from infir2.processes import GuardedProcess, exit_on_signals
+from infir2.processes import GuardedProcess, exit_on_signals, without_proxy
 from infir2.receipts import sha256_file
 from infir2.serving import Server, ServerError
 
@@ -243,6 +243,8 @@ def evalscope_command(args: argparse.Namespace, what: Sequence[str], models: Seq
 def evalscope_process(args: argparse.Namespace, what: Sequence[str], models: Sequence[Model]) -> GuardedProcess:
     environment = {"EVALSCOPE_BASE_URL": args.api_url, "EVALSCOPE_API_KEY": args.api_key, "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT / "training")  # infir2 is not installed beside evalscope
+    if not args.api_url:
+        environment |= without_proxy()
     return GuardedProcess(evalscope_command(args, what, models), environment, sys.stderr.fileno())
 
 
@@ -370,7 +372,8 @@ def main(words: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="[%(name)s] %(message)s", stream=sys.stderr)
     args = parse(words)
     exit_on_signals()
-    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]))
+    direct = [os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, direct))
     try:
         if args.dry_run:
             show(args, find_models(args))

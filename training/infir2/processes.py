@@ -21,6 +21,12 @@ _BECOME = 'read -r _ && exec "$@" </dev/null'
 _GUARD = 'read -r _ || kill -s KILL -- "-$1"'
 
 
+def without_proxy() -> dict[str, str]:
+    """The environment of a program that talks to this machine alone. The web's proxy answers 503 for it, and naming
+    this machine in NO_PROXY is not enough: clients read that or no_proxy, and where both are there not both."""
+    return {name: "" for name in os.environ if name.lower().endswith("_proxy") and name.lower() != "no_proxy"}
+
+
 class GuardedProcess:
     """A running program. A context manager: it is stopped, with all of its group, on the way out."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infir2.indexed import DataError
-from infir2.processes import GuardedProcess, last_lines
+from infir2.processes import GuardedProcess, last_lines, without_proxy
 
 HOST = "127.0.0.1"
 PROBE_SECONDS = 60  # for one completion of a few tokens, once the server listens
@@ -55,7 +55,7 @@ class Server:
 
     def environment(self) -> dict[str, str]:
         """On a CPU one thread of OpenMP answers ten times faster than several that wait for each other."""
-        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **without_proxy()}
         return offline | ({"OMP_NUM_THREADS": "1"} if self.backend == "cpu" else {})
 
 

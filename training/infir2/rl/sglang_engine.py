@@ -43,6 +43,7 @@ from pathlib import Path
 import aiohttp
 import orjson
 
+from infir2.processes import without_proxy
 from infir2.ray_launch import TAIL_LINES, Worker
 from infir2.rl import sglang_launch, sglang_weights
 from infir2.rl.rollout import Request, Response, Sampling
@@ -92,7 +93,7 @@ def environment(gpus: Sequence[str], activation_scales: str | None) -> dict[str,
     """What an engine's process gets besides our own environment."""
     package = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH", "")
-    variables = {
+    variables = without_proxy() | {
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
         "PYTHONPATH": f"{package}{os.pathsep}{path}" if path else package,
         "SGLANG_RETURN_ORIGINAL_LOGPROB": "0",  # log-probabilities at the sampling temperature
