@@ -1,5 +1,6 @@
 """Evaluation from the script to the report: servers, resuming, what is refused, and all four benchmarks end to end."""
 
+import http.server
 import importlib
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -346,6 +348,33 @@ def test_server_that_does_not_answer_is_refused(evalscope, aime, tmp_path):
     assert (
         "no server completes a chat at API_URL=http://127.0.0.1:9/v1" in (tmp_path / "out/aime24_eval.err").read_text()
     )
+
+
+def test_what_a_server_answers_to_a_question_is_shown(evalscope, tmp_path):
+    """Pins "Error code: 503" and no more: the client's own error leaves out an answer that is no JSON."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_error(503, "the gate is shut")
+
+        def log_message(self, *_): ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        program = f"""if True:
+            import sys, openai, run_evalscope
+            client = openai.OpenAI(base_url="http://127.0.0.1:{server.server_port}/v1", api_key="any", max_retries=0)
+            run_evalscope.run_task = lambda _: client.chat.completions.create(model="any", messages=[])
+            sys.argv += ["--ask", {str(tmp_path / "task.json")!r}]
+            sys.exit(run_evalscope.main())
+        """
+        (tmp_path / "task.json").write_text(json.dumps({"work_dir": str(tmp_path), "datasets": ["aime24"]}))
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tools:{ROOT}/training"}
+        done = subprocess.run([evalscope, "-c", program], env=environment, capture_output=True, text=True, check=False)
+        server.shutdown()
+    assert done.returncode == 1, done.stderr
+    assert f":{server.server_port}/v1/chat/completions answered 503: " in done.stderr
+    assert "the gate is shut" in done.stderr
 
 
 # End to end

@@ -30,6 +30,7 @@ from evalscope.benchmarks.live_code_bench.live_code_bench_adapter import LiveCod
 from evalscope.config import TaskConfig
 from evalscope.evaluator.evaluator import DefaultEvaluator
 from evalscope.run import run_task
+from openai import APIStatusError
 
 from infir2.evaluation import code_review, sandbox
 
@@ -125,8 +126,13 @@ def main() -> int:
         if args.review:
             warm_up()
         await_address(args.address)
-    for task in tasks if args.ask else ():
-        ask(task)
+    try:
+        for task in tasks if args.ask else ():
+            ask(task)
+    except APIStatusError as error:  # its own text leaves out what the server said
+        answer = error.response
+        print(f"error: {answer.request.url} answered {answer.status_code}: {answer.text[:2000]!r}", file=sys.stderr)
+        return 1
     for task in tasks if args.review else ():
         review(task)
     return 0

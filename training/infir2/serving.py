@@ -104,7 +104,7 @@ def serving(
             if (status := process.wait(0.5)) is not None:
                 raise ended(status, log_file)
             if time.monotonic() - begin > server.ready_seconds:
-                raise _failure(f"the server completed no chat in {server.ready_seconds:g} s", log_file)
+                raise failure(f"the server completed no chat in {server.ready_seconds:g} s", log_file)
         if (status := process.status()) is not None:  # then somebody else's has answered
             raise ended(status, log_file)
         log.info("ready after %.0f s", time.monotonic() - begin)
@@ -113,10 +113,11 @@ def serving(
 
 def ended(status: int, log_file: Path) -> ServerError:
     """The error of a server that ended by itself."""
-    return _failure(f"the server ended with status {status}", log_file)
+    return failure(f"the server ended with status {status}", log_file)
 
 
-def _failure(what: str, log_file: Path) -> ServerError:
+def failure(what: str, log_file: Path) -> ServerError:
+    """An error that shows what the server said last."""
     return ServerError(f"{what}. The end of {log_file}:\n{last_lines(log_file)}")
 
 
