@@ -68,7 +68,8 @@ class Arm:
 
 STOCK = ("--no-gradient-accumulation-fusion",)
 NATIVE = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native")
-OURS = ("--fused-linear-cross-entropy", "--fused-weight-gradient")
+OURS = ("--fused-linear-cross-entropy", "--fused-weight-gradient", "--check-gradients-once")
+SWIGLU, GRAPHS = ("--fused-swiglu-quantisation",), ("--cuda-graph-impl", "local")
 ARMS = {
     "stock-bf16": Arm("bf16", STOCK),
     "stock-bf16-ce": Arm("bf16", (*STOCK, *NATIVE)),
@@ -79,11 +80,11 @@ ARMS = {
     "bf16-accumulation": Arm("bf16", (*NATIVE, "--fused-weight-gradient")),
     "bf16-head": Arm("bf16", (*STOCK, "--fused-linear-cross-entropy")),
     "bf16": Arm("bf16", OURS),
-    "fp8": Arm("fp8", OURS),
-    "stock-bf16-ce-once": Arm("bf16", (*STOCK, *NATIVE, "--no-check-for-nan-in-loss-and-grad")),
-    "bf16-once": Arm("bf16", (*OURS, "--check-gradients-once")),
-    "fp8-swiglu": Arm("fp8", (*OURS, "--fused-swiglu-quantisation")),
-    "fp8-once": Arm("fp8", (*OURS, "--check-gradients-once")),
+    "fp8": Arm("fp8", (*OURS, *SWIGLU)),
+    "bf16-graphs": Arm("bf16", (*OURS, *GRAPHS)),
+    "fp8-graphs": Arm("fp8", (*OURS, *SWIGLU, *GRAPHS)),
+    "fp8-without-swiglu": Arm("fp8", OURS),
+    "stock-bf16-ce-unchecked": Arm("bf16", (*STOCK, *NATIVE, "--no-check-for-nan-in-loss-and-grad")),
     "fp8-hybrid": Arm("fp8-hybrid", OURS),
     "fp8-current": Arm("fp8-current", OURS),
     "fp8-ffn": Arm("fp8-ffn", OURS),

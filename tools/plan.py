@@ -6,17 +6,17 @@
     python tools/plan.py --model models/Qwen2.5-7B --seq-length 8192
     python tools/plan.py --shape 1.5B --seq-length 8192 --micro-batch-size 2 --compare out/1.5B-8k.json
 
-Four ways to train are planned: stock Megatron with its native fused cross entropy, and ours (the loss fused with the
-head, --fused-linear-cross-entropy --fused-weight-gradient), each in BF16 and in FP8. The largest micro-batch that fits
-is named for each. --compare sets the plan beside what tools/bench_step.py measured.
+Four ways to train are planned: stock Megatron with its native fused cross entropy, and ours with the switches of the
+scripts for pre-training (docs/performance.md), each in BF16 and in FP8. The largest micro-batch that fits is named for
+each. --compare sets the plan beside what tools/bench_step.py measured.
 
 Memory is counted: what Megatron 0.19 and TransformerEngine 2.20 keep, in bytes a parameter, a token and a logit; the
 bytes a logit are what was left over of the measured peaks of four runs of the 1.5B shape at 8k. Time is that
 measurement, scaled: each kind of kernel by its own operations or bytes. On eleven runs of other shapes, measured
-afterwards on one H200 each, memory was within 4 % and time within 11 %, mostly below
-(docs/results/2026-11-22-h200-step.md); the interval of time, 15 % to both sides, holds them. Communication between GPUs
-is not in it: with two, times were 13 % (data parallel) and 33 to 43 % (tensor parallel) too short, memory within 1
-and 10 %.
+afterwards on one H200 each (with SwiGLU and quantisation apart), memory was within 4 % and time within 11 %, mostly
+below (docs/results/2026-11-22-h200-step.md); the interval of time, 15 % to both sides, holds them. Communication
+between GPUs is not in it: with two, times were 13 % (data parallel) and 33 to 43 % (tensor parallel) too short, memory
+within 1 and 10 %.
 """
 
 import argparse
@@ -160,7 +160,8 @@ def seconds(plan: Plan, way: Way, bandwidth: float, rates: Rates = Rates()) -> d
     layers, tensor = plan.shape.layers, plan.tensor
     passes = 4 / 3 if plan.recompute else 1  # a forward pass more
     causal = 3.5 * 2 * plan.seq_length * queries  # operations a token and block, forward and backward
-    quantised = 4 * hidden + queries + 3 * ffn + (queries + kv)  # inputs and gradients of four layers
+    quantised = 4 * hidden + queries + (queries + kv)  # inputs and gradients of four layers
+    quantised += 0 if way.ours else 3 * ffn  # ours: in the kernels of SwiGLU, which move as many bytes as without
     traffic = 16 * ffn + 2 * 16 * hidden + (4 if way.ours else 6) * (2 * hidden + queries + kv)
     return {
         "linear layers": 6

@@ -30,6 +30,10 @@ launch_cpt() {
     use_backend "$NPROC"
     backend_args
     speed_args
+    # Not for fine-tuning, whose long sequences are recomputed, and not where layers have a precision of their own.
+    if ((${#SPEED_ARGS[@]})) && [[ " ${PRECISION_ARGS[*]} " != *" --te-precision-config-file "* ]]; then
+        SPEED_ARGS+=(--fused-swiglu-quantisation)
+    fi
     train_data
     log_args
     wandb_args

@@ -24,7 +24,7 @@ backend_args() {
 speed_args() {
     SPEED_ARGS=()
     [[ $BACKEND == gpu && ${FUSED:-1} == 1 ]] || return 0
-    SPEED_ARGS=(--fused-linear-cross-entropy --fused-weight-gradient)
+    SPEED_ARGS=(--fused-linear-cross-entropy --fused-weight-gradient --check-gradients-once)
 }
 
 # log_args: set LOG_ARGS. TensorBoard is always on.

@@ -80,8 +80,7 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         backend.FUSED_SWIGLU,
         action="store_true",
-        help="quantise SwiGLU's result and its gradient in the kernels that compute them (GPU, blockwise FP8; not yet "
-        "run on a GPU by us)",
+        help="quantise SwiGLU's result and its gradient in the kernels that compute them (GPU, blockwise FP8)",
     )
     group.add_argument(
         "--check-gradients-once",
