@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tolerances import BF16_OUTPUT, FP32_LAYOUTS, FP32_LINEAR_CROSS_ENTROPY
 from trainer import Training, losses, tensors, train
 
+from infir2 import fp8
 from infir2.speed import linear_cross_entropy, weight_gradient
 
 
@@ -160,6 +161,30 @@ def test_kernels():
     """
     pytest.importorskip("triton")
     assert interpreted(program) == "equal\n"
+
+
+@pytest.mark.parametrize("fmt", [fp8.E4M3, fp8.E5M2])
+@pytest.mark.parametrize("name", ["_swiglu", "_swiglu_gradient"])
+def test_swiglu_kernels_compile_for_hopper(name, fmt):
+    """Triton and its ptxas make machine code of them without a GPU. Pins PTX that the interpreter passes over: an
+    instruction that Hopper has not, and codes of the other format."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from infir2.speed import swiglu_kernels
+
+    kernel = getattr(swiglu_kernels, name)
+    constants = ("E5M2", "LARGEST", "EXPONENT", "OVERFLOW", "POWER_OF_TWO", "SIZE")
+    constexprs = dict(zip(constants, swiglu_kernels._rule(fmt.dtype, power_of_two=True), strict=True))
+    types = {"x": "*bf16", "dy": "*bf16", "words": "*i32", "tokens": "i32", "features": "i32"}
+    types |= {"codes": "*fp8e5" if fmt is fp8.E5M2 else "*fp8e4nv", "scale_inv": "*fp32"}
+    types |= {"transposed_scale_inv": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constexprs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=swiglu_kernels._OPTIONS)
+    assert len(compiled.asm["cubin"]) > 10_000
+    wanted, other = ("e5m2x2", "e4m3x2") if fmt is fp8.E5M2 else ("e4m3x2", "e5m2x2")
+    assert f"cvt.rn.satfinite.{wanted}.f32" in compiled.asm["ptx"]
+    assert other not in compiled.asm["ptx"]
 
 
 def test_swiglu_kernels():

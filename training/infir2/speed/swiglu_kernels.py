@@ -298,6 +298,10 @@ def _larger(a, b):
 
 # What plain Triton makes slow
 
+_WORD = """{{ .reg .b16 low, high; cvt.rn.satfinite.{0}x2.f32 low, $2, $1; cvt.rn.satfinite.{0}x2.f32 high, $4, $3;
+mov.b32 $0, {{low, high}}; }}"""
+_E4M3_WORD, _E5M2_WORD = tl.constexpr(_WORD.format("e4m3")), tl.constexpr(_WORD.format("e5m2"))
+
 
 @triton.jit
 def _sigmoid(x):
@@ -320,24 +324,8 @@ def _word(a, b, c, d, E5M2: tl.constexpr):
     """The codes of four numbers as one int32, a's lowest."""
     if _INTERPRETED:
         return _byte(a, E5M2) | _byte(b, E5M2) << 8 | _byte(c, E5M2) << 16 | _byte(d, E5M2) << 24
-    if E5M2:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 low, high; cvt.rn.satfinite.e5m2x2.f32 low, $2, $1; "
-            "cvt.rn.satfinite.e5m2x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
-            "=r,f,f,f,f",
-            [a, b, c, d],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
     return tl.inline_asm_elementwise(
-        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
-        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
-        "=r,f,f,f,f",
-        [a, b, c, d],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
+        _E5M2_WORD if E5M2 else _E4M3_WORD, "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
