@@ -20,7 +20,7 @@ backend_args() {
 }
 
 # speed_args: set SPEED_ARGS, which make a GPU's steps faster and leave the maths as it is (docs/performance.md).
-# FUSED=0 leaves them out. Reinforcement learning needs logits, so it has neither.
+# FUSED=0 leaves them out. Reinforcement learning, which needs logits, has none of them.
 speed_args() {
     SPEED_ARGS=()
     [[ $BACKEND == gpu && ${FUSED:-1} == 1 ]] || return 0
