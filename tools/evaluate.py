@@ -260,8 +260,8 @@ def await_end(evalscope: GuardedProcess, server: GuardedProcess | None = None, l
         if server is not None and (ended := server.status()) is not None:
             raise serving.ended(ended, log_file)
     if status:
-        what = f"evalscope ended with status {status}; its messages are above. Run again: what is there is kept."
-        raise serving.failure(what, log_file) if log_file else ServerError(what)
+        what = f"evalscope ended with status {status}; its messages are above. Run again: what is there is kept"
+        raise serving.failure(what, log_file) if log_file else ServerError(f"{what}.")
 
 
 # The report

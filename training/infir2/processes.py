@@ -22,8 +22,8 @@ _GUARD = 'read -r _ || kill -s KILL -- "-$1"'
 
 
 def without_proxy() -> dict[str, str]:
-    """The environment of a program that talks to this machine alone. The web's proxy answers 503 for it, and naming
-    this machine in NO_PROXY is not enough: clients read that or no_proxy, and where both are there not both."""
+    """What hides the web's proxy from a program that talks to this machine alone. Naming this machine in NO_PROXY is
+    not enough: where no_proxy is set, Python's clients read that one."""
     return {name: "" for name in os.environ if name.lower().endswith("_proxy") and name.lower() != "no_proxy"}
 
 
