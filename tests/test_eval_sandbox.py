@@ -50,7 +50,6 @@ ATTEMPTS = {
     "see processes": "open('/proc/1/cmdline').read()",
     "take memory": "bytearray(2 << 30)",
     "fill the disk": "[open(f'/tmp/{{n}}', 'wb').write(bytes(1 << 20)) for n in range(100)]",
-    "make threads": "[threading.Thread(target=time.sleep, args=(9,), daemon=True).start() for _ in range(5000)]",
 }
 
 
@@ -62,7 +61,7 @@ def test_attempt_fails(attempt, tmp_path):
     with sandbox.socket.create_server(("127.0.0.1", 0)) as listener:
         action = ATTEMPTS[attempt].format(outside=str(outside), secret=str(secret), port=listener.getsockname()[1])
         program = f"""
-import ctypes, os, platform, socket, threading, time
+import ctypes, os, platform, socket
 print("began", flush=True)
 try:
     {action}
@@ -74,6 +73,27 @@ print("escaped", flush=True)
     assert outcome.output == b"began\n"
     assert outcome.status == 7
     assert not outside.exists()
+
+
+def test_threads_are_limited():
+    """Pins that this limit ends it and no other. With stacks of the usual size memory ends first, and a thread that
+    begins without memory leaves Python's `Thread.start` waiting for it without end."""
+    program = """
+import os, threading, time
+threading.stack_size(1 << 16)
+started = 0
+try:
+    for _ in range(5000):
+        threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+        started += 1
+except RuntimeError:
+    pass
+print(started, flush=True)
+os._exit(0)
+"""
+    outcome = run(program, threads=10)
+    assert outcome.status == 0
+    assert 1 <= int(outcome.output) <= 9
 
 
 def alive(mark: str) -> list[int]:
