@@ -10,7 +10,8 @@ def missing_attributes() -> list[str]:
     from infir2 import backend
 
     missing = []
-    for path in (*backend.TORCH_ON_CPU, *backend.MEGATRON_ON_CPU, *backend.FUSED_ON_GPU, *backend.MEGATRON):
+    by_flag = [path for table in backend.BY_FLAG_ON_GPU.values() for path in table if path.startswith("megatron")]
+    for path in (*backend.TORCH_ON_CPU, *backend.MEGATRON_ON_CPU, *by_flag, *backend.MEGATRON):
         owner, attribute = backend.resolve(path)
         if not hasattr(owner, attribute):
             missing.append(path)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tolerances import BF16_OUTPUT, FP32_LAYOUTS, FP32_LINEAR_CROSS_ENTROPY
 from trainer import Training, losses, tensors, train
 
 from infir2 import fp8
-from infir2.speed import linear_cross_entropy, weight_gradient
+from infir2.speed import deep_gemm, linear_cross_entropy, weight_gradient
 
 
 def problem(tokens: int, vocabulary: int, width: int, seed: int, dtype=torch.float32):
@@ -240,6 +241,109 @@ def test_swiglu_kernels():
     """
     output = interpreted(program)
     assert output.splitlines()[-1] == "equal", output
+
+
+class Blockwise:
+    """What infir2.speed.deep_gemm reads of TransformerEngine's tensors, padded with NaN where that pads."""
+
+    _fp8_dtype = SimpleNamespace(name="kFloat8E4M3")
+
+    def __init__(self, x: torch.Tensor, *, weight: bool = False):
+        self._is_2D_scaled, self.shape = weight, x.shape
+        flat = x.reshape(-1, x.shape[-1])
+        self._rowwise_data, rows = fp8.quantize(flat, fp8.BLOCK if weight else fp8.ROW)
+        codes, columns = fp8.quantize(flat, fp8.BLOCK if weight else fp8.COLUMN)
+        self.rows = fp8.dequantize(self._rowwise_data, rows, fp8.BLOCK if weight else fp8.ROW).double()
+        self.columns = fp8.dequantize(codes, columns, fp8.BLOCK if weight else fp8.COLUMN).double()
+        self._rowwise_data = self._rowwise_data.view(torch.uint8).view(x.shape)
+        self._columnwise_data = codes.t().contiguous().view(torch.uint8).view(x.shape[-1], *x.shape[:-1])
+        self._rowwise_scale_inv = padded(rows if weight else rows.t())
+        self._columnwise_scale_inv = padded(columns.t() if weight else columns)
+
+    def size(self):
+        return self.shape
+
+
+def padded(scales: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4), value=torch.nan).contiguous()
+
+
+def deep_gemm_in_fp64(left, right, out, c=None, recipe=None):
+    """What DeepGEMM asks of its operands on Hopper (csrc/apis/gemm.hpp and csrc/utils/layout.hpp), and its product."""
+    (codes, scales), (weight, weight_scales) = left, right
+    _, block, _ = recipe
+    by_row = [(codes, scales)] + [(weight, weight_scales)] * (block == 1)
+    for one, its in by_row:
+        assert its.shape == (len(one), one.shape[1] // 128)
+        assert its.stride() == (1, -(-len(one) // 4) * 4)
+    if block == 128:
+        assert weight_scales.shape == (len(weight) // 128, weight.shape[1] // 128)
+        assert weight_scales.is_contiguous()
+        assert c is None
+        assert out.dtype == torch.bfloat16
+    else:
+        assert c is out
+        assert out.dtype == torch.float32
+    left = codes.double() * scales.double().repeat_interleave(128, 1)
+    right = weight.double() * weight_scales.double().repeat_interleave(128, 1).repeat_interleave(block, 0)
+    out.copy_(left @ right.t() + (0 if c is None else c))
+
+
+def layer_products(module, accumulate: bool = True):
+    """The three products of a layer by `module.in_place_of`, beside FP64; 3 and 5 blocks, so that scales are padded."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, gradient, main = (
+        torch.randn(*shape, generator=generator) * 10.0 ** torch.randint(-3, 3, (shape[-1],), generator=generator)
+        for shape in ((128, 2, 640), (384, 640), (128, 2, 384), (384, 640))
+    )
+    x, weight, gradient = Blockwise(x), Blockwise(weight, weight=True), Blockwise(gradient)
+    bf16, fp32 = SimpleNamespace(name="kBFloat16"), SimpleNamespace(name="kFloat32")
+    more = {"comm_overlap": None, "bulk_overlap": False, "alpha": 1.0}
+
+    def original(*args, **options):
+        raise AssertionError("went on to cuBLAS")
+
+    def call(a, b, layout, out, dtype, added=False):
+        rest = (None, False, None, layout != "TN", None, 0, added, True)
+        transposed = (a, layout[0] == "T", b, layout[1] == "T")
+        options = more | {"beta": 1.0 if added else 0.0}
+        return module.in_place_of(original)(*transposed, out, None, dtype, None, *rest, **options)[0]
+
+    y = call(weight, x, "TN", None, bf16)
+    dx = call(weight, gradient, "NN", None, bf16)
+    dw = call(x, gradient, "NT", main.clone(), fp32, accumulate)
+    yield y, (x.rows @ weight.rows.t()).view(128, 2, 384)
+    yield dx, (gradient.rows @ weight.rows).view(128, 2, 640)
+    yield dw, gradient.columns.t() @ x.columns + (main.double() if accumulate else 0)
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_deep_gemm(accumulate, monkeypatch):
+    """A layer's three products. Pins scales of the wrong operand or direction, padding that is read, a weight gradient
+    that overwrites the earlier micro-batches' or adds to what a first one should overwrite."""
+    monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(fp8_gemm_nt=deep_gemm_in_fp64))
+    for found, wanted in layer_products(deep_gemm, accumulate):
+        assert found.shape == wanted.shape
+        tolerance = BF16_OUTPUT if found.dtype == torch.bfloat16 else FP32_LINEAR_CROSS_ENTROPY
+        assert error(found, wanted) < tolerance
+
+
+@pytest.mark.parametrize("what", ["bias", "quantiser", "gelu", "beta", "e5m2", "fp32", "rows", "plain"])
+def test_deep_gemm_leaves_the_rest(what, monkeypatch):
+    """To cuBLAS, with all its arguments. Pins a bias forgotten, and codes of another format read as E4M3."""
+    monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(fp8_gemm_nt=None))
+    x, weight = (
+        Blockwise(torch.randn(192 if what == "rows" else 128, 256)),
+        Blockwise(torch.randn(128, 256), weight=True),
+    )
+    if what == "e5m2":
+        x._fp8_dtype = SimpleNamespace(name="kFloat8E5M2")
+    x = torch.randn(128, 256) if what == "plain" else x
+    quantiser, bias = (object() if what == name else None for name in ("quantiser", "bias"))
+    dtype = SimpleNamespace(name="kFloat32" if what == "fp32" else "kBFloat16")
+    rest = (None, what == "gelu", None, False, None, 0, False, True)
+    args, options = (weight, True, x, False, None, quantiser, dtype, bias, *rest), {"beta": float(what == "beta")}
+    assert deep_gemm.in_place_of(lambda *args, **options: (args, options))(*args, **options) == (args, options)
 
 
 def test_gradients_are_checked_once(run_flags, tmp_path):

@@ -69,7 +69,7 @@ class Arm:
 STOCK = ("--no-gradient-accumulation-fusion",)
 NATIVE = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native")
 OURS = ("--fused-linear-cross-entropy", "--fused-weight-gradient", "--check-gradients-once")
-SWIGLU, GRAPHS = ("--fused-swiglu-quantisation",), ("--cuda-graph-impl", "local")
+SWIGLU, GRAPHS, DEEP_GEMM = ("--fused-swiglu-quantisation",), ("--cuda-graph-impl", "local"), ("--deep-gemm",)
 ARMS = {
     "stock-bf16": Arm("bf16", STOCK),
     "stock-bf16-ce": Arm("bf16", (*STOCK, *NATIVE)),
@@ -83,6 +83,8 @@ ARMS = {
     "fp8": Arm("fp8", (*OURS, *SWIGLU)),
     "bf16-graphs": Arm("bf16", (*OURS, *GRAPHS)),
     "fp8-graphs": Arm("fp8", (*OURS, *SWIGLU, *GRAPHS)),
+    "fp8-deep-gemm": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM)),
+    "fp8-deep-gemm-graphs": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM, *GRAPHS)),
     "fp8-without-swiglu": Arm("fp8", OURS),
     "stock-bf16-ce-unchecked": Arm("bf16", (*STOCK, *NATIVE, "--no-check-for-nan-in-loss-and-grad")),
     "fp8-hybrid": Arm("fp8-hybrid", OURS),

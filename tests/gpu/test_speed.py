@@ -229,3 +229,107 @@ def test_swiglu_between_fp8_layers():
     print(json.dumps(row))
     assert max(row["errors"]) < BF16_OUTPUT
     assert ours[3] <= plain[3] * 1.01
+
+
+LAYERS = {  # outputs, inputs of each linear layer
+    "1.5B": {"qkv": (2048, 1536), "proj": (1536, 1536), "fc1": (17920, 1536), "fc2": (1536, 8960)},
+    "7B": {"qkv": (4608, 3584), "proj": (3584, 3584), "fc1": (37888, 3584), "fc2": (3584, 18944)},
+}
+
+
+def layer_products(tokens: int, outputs: int, inputs: int):
+    """By product: a call that computes it by TransformerEngine's `general_gemm` from blockwise FP8, the same in BF16,
+    and its operands' values in FP64 where tokens are few. Weight gradients are added to ones."""
+    import transformer_engine_torch as tex
+    from transformer_engine.pytorch import Float8BlockQuantizer
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    def quantised(tensor, dimensions):
+        return Float8BlockQuantizer(tex.DType.kFloat8E4M3, rowwise=True, columnwise=True, block_scaling_dim=dimensions)(
+            tensor
+        )
+
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    x, weight, gradient = (
+        torch.randn(*size, generator=generator, device="cuda").bfloat16()
+        for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+    )
+    q, qw, qg = quantised(x, 1), quantised(weight, 2), quantised(gradient, 1)
+    main = torch.ones(outputs, inputs, device="cuda")
+    into = {"out_dtype": torch.float32, "out": main, "accumulate": True}
+    bf16 = torch.bfloat16
+    calls = {
+        "forward": lambda: general_gemm(qw, q, out_dtype=bf16, layout="TN")[0],
+        "input gradient": lambda: general_gemm(qw, qg, out_dtype=bf16, layout="NN", grad=True)[0],
+        "weight gradient": lambda: general_gemm(q, qg, layout="NT", grad=True, **into)[0],
+    }
+    in_bf16 = {
+        "forward": lambda: general_gemm(weight, x, out_dtype=bf16, layout="TN")[0],
+        "input gradient": lambda: general_gemm(weight, gradient, out_dtype=bf16, layout="NN", grad=True)[0],
+        "weight gradient": lambda: general_gemm(x, gradient, layout="NT", grad=True, **into)[0],
+    }
+    exact = {}
+    if tokens <= 1024:
+        w = qw.dequantize().double()
+        exact = {
+            "forward": q.dequantize().double() @ w.t(),
+            "input gradient": qg.dequantize().double() @ w,
+            "weight gradient": 1 + columns(qg).double().t() @ columns(q).double(),
+        }
+    return calls, in_bf16, exact, main
+
+
+def columns(tensor) -> torch.Tensor:
+    """The values of the column-wise copy, which differ from the row-wise ones'."""
+    codes = tensor._columnwise_data.view(torch.float8_e4m3fn).float()
+    scales = tensor._columnwise_scale_inv[:, : codes.shape[0]].t().repeat_interleave(128, 1)
+    return (codes * scales).t()
+
+
+@pytest.mark.parametrize("layer", LAYERS["1.5B"])
+def test_deep_gemm(layer, monkeypatch):
+    """A layer's three products by DeepGEMM and by cuBLAS: both as near to FP64. The calls must have got there."""
+    pytest.importorskip("deep_gemm")
+    import transformer_engine_torch as tex
+
+    from infir2.speed import deep_gemm
+
+    calls, _, exact, main = layer_products(1024, *LAYERS["1.5B"][layer])
+    by_cublas = {}
+    for product, call in calls.items():
+        main.fill_(1)
+        by_cublas[product] = error(call(), exact[product])
+
+    def refuse(*args, **options):
+        raise AssertionError("went on to cuBLAS")
+
+    monkeypatch.setattr(tex, "generic_gemm", deep_gemm.in_place_of(refuse))
+    for product, call in calls.items():
+        main.fill_(1)
+        found = error(call(), exact[product])
+        print(json.dumps({"layer": layer, "product": product, "error": found, "cublas": by_cublas[product]}))
+        assert found < max(1.05 * by_cublas[product], FP32_LINEAR_CROSS_ENTROPY)
+
+
+@pytest.mark.parametrize("shape", LAYERS)
+def test_time_of_deep_gemm(shape, monkeypatch):
+    """Every product of a layer at 16,384 tokens, by cuBLAS and by DeepGEMM in FP8 and by cuBLAS in BF16: prints ms and
+    TFLOP/s. Their sum is what a step spends; DeepGEMM must not lose it."""
+    pytest.importorskip("deep_gemm")
+    import transformer_engine_torch as tex
+
+    from infir2.speed import deep_gemm
+
+    original, tokens, sums = tex.generic_gemm, 16384, {"bf16": 0.0, "cublas": 0.0, "deep_gemm": 0.0}
+    for layer, (outputs, inputs) in LAYERS[shape].items():
+        calls, in_bf16, _, _ = layer_products(tokens, outputs, inputs)
+        for product in calls:
+            found = {"bf16": milliseconds(in_bf16[product]), "cublas": milliseconds(calls[product])}
+            with monkeypatch.context() as patch:
+                patch.setattr(tex, "generic_gemm", deep_gemm.in_place_of(original))
+                found["deep_gemm"] = milliseconds(calls[product])
+            rates = {name: round(2e-9 * tokens * outputs * inputs / ms) for name, ms in found.items()}
+            print(json.dumps({"layer": layer, "product": product, "ms": found, "TFLOP/s": rates}))
+            sums = {name: sums[name] + ms for name, ms in found.items()}
+    print(json.dumps({"shape": shape, "a layer's products, ms": sums}))
+    assert sums["deep_gemm"] < sums["cublas"]

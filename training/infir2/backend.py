@@ -9,7 +9,7 @@ On a CPU Megatron 0.19.2 still asks `torch.cuda` for devices, streams, events an
 those questions with CPU equivalents, and `CudaToCpu` turns every request for a "cuda" tensor into one for a CPU tensor.
 Nothing is pretended about the arithmetic: kernels, collectives (gloo) and checkpoints are the real ones.
 
-Each patched attribute is a row of `TORCH_ON_CPU`, `MEGATRON_ON_CPU`, `FUSED_ON_GPU` or `MEGATRON`;
+Each patched attribute is a row of `TORCH_ON_CPU`, `MEGATRON_ON_CPU`, `BY_FLAG_ON_GPU` or `MEGATRON`;
 tests/test_backend.py checks that every one still exists in the pinned releases, so an upgrade cannot turn a patch into
 a silent no-op.
 """
@@ -46,6 +46,7 @@ CPU_ARGUMENTS = (
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 FUSED_WEIGHT_GRADIENT = "--fused-weight-gradient"
 FUSED_SWIGLU = "--fused-swiglu-quantisation"
+DEEP_GEMM = "--deep-gemm"
 
 
 def name() -> str:
@@ -78,8 +79,9 @@ def install() -> str:
     elif FUSED_WEIGHT_GRADIENT in sys.argv:
         _stand_in_for_apex()
     _patch(MEGATRON)
-    if kind == "gpu" and FUSED_SWIGLU in sys.argv:
-        _patch(FUSED_ON_GPU)
+    for flag, table in BY_FLAG_ON_GPU.items():
+        if kind == "gpu" and flag in sys.argv:
+            _patch(table)
     return kind
 
 
@@ -300,8 +302,15 @@ def _quantised_swiglu(original):
     return importlib.import_module("infir2.speed.quantised_swiglu").in_place_of(original)
 
 
-FUSED_ON_GPU: dict[str, Callable[[Any], Any]] = {
-    "megatron.core.transformer.mlp.bias_swiglu_impl": _quantised_swiglu,
+def _deep_gemm(original):
+    if importlib.util.find_spec("deep_gemm") is None:
+        raise ValueError(f"{DEEP_GEMM} needs DeepGEMM, which is not installed: pip install sgl-deep-gemm")
+    return importlib.import_module("infir2.speed.deep_gemm").in_place_of(original)
+
+
+BY_FLAG_ON_GPU: dict[str, dict[str, Callable[[Any], Any]]] = {
+    FUSED_SWIGLU: {"megatron.core.transformer.mlp.bias_swiglu_impl": _quantised_swiglu},
+    DEEP_GEMM: {"transformer_engine.pytorch.cpp_extensions.gemm.tex.generic_gemm": _deep_gemm},
 }
 
 MEGATRON: dict[str, Callable[[Any], Any]] = {

@@ -83,6 +83,11 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         help="quantise SwiGLU's result and its gradient in the kernels that compute them (GPU, blockwise FP8)",
     )
     group.add_argument(
+        backend.DEEP_GEMM,
+        action="store_true",
+        help="compute linear layers in blockwise FP8 by DeepGEMM instead of cuBLAS (GPU; needs sgl-deep-gemm and nvcc)",
+    )
+    group.add_argument(
         "--check-gradients-once",
         action="store_true",
         help="look for NaN and Inf in the norm of a step's gradients, before the optimizer uses them, and not in each "
