@@ -14,9 +14,11 @@ Memory is counted: what Megatron 0.19 and TransformerEngine 2.20 keep, in bytes 
 bytes a logit are what was left over of the measured peaks of four runs of the 1.5B shape at 8k. Time is that
 measurement, scaled: each kind of kernel by its own operations or bytes. On eleven runs of other shapes, measured
 afterwards on one H200 each (with SwiGLU and quantisation apart), memory was within 4 % and time within 11 %, mostly
-below (docs/results/2026-11-22-h200-step.md); the interval of time, 15 % to both sides, holds them. Communication
-between GPUs is not in it: with two, times were 13 % (data parallel) and 33 to 43 % (tensor parallel) too short, memory
-within 1 and 10 %.
+below (docs/results/2026-11-22-h200-step.md); the interval of time, 15 % to both sides, holds them.
+
+Communication is that of tensor parallelism with sequence parallelism, and of data parallelism, within one host, and
+none of it hidden: its rate is a fit to two GPUs with 8 layers of 1.5B. Context parallelism's, and networks between
+hosts, are not in it.
 """
 
 import argparse
@@ -32,8 +34,18 @@ from infir2.qwen2 import Shape
 
 GIGA = 1e9
 TIME_ERROR = 0.15
-# GPU: bytes of memory that a process can have, bytes a second of its memory beside the H200's.
-GPUS = {"H200": (150e9, 1.0), "H100": (84e9, 3.35 / 4.8), "H800": (84e9, 3.35 / 4.8)}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """capacity: bytes of memory that a process can have; bandwidth, links: bytes a second, beside the H200's."""
+
+    capacity: float
+    bandwidth: float
+    links: float
+
+
+GPUS = {"H200": Gpu(150e9, 1.0, 1.0), "H100": Gpu(84e9, 3.35 / 4.8, 1.0), "H800": Gpu(84e9, 3.35 / 4.8, 400 / 900)}
 
 
 @dataclass(frozen=True)
@@ -151,10 +163,20 @@ class Rates:
     optimizer: float = 14.0e-12  # seconds a parameter
     gap_bf16: float = 0.56e-3  # seconds a block and micro-batch in which nothing runs
     gap_fp8: float = 0.81e-3
+    links: float = 1.8e11  # bytes a second to and from another GPU; from two GPUs, with CUDA graphs
 
 
-def seconds(plan: Plan, way: Way, bandwidth: float, rates: Rates = Rates()) -> dict[str, float]:
-    """Of one step, by kind of kernel; without communication. bandwidth: of memory, beside the H200's."""
+def traffic_between_gpus(plan: Plan) -> float:
+    """Bytes that one GPU sends in a step. Tensor parallelism gathers and scatters a block's tokens ten times: before
+    and after its two parts, forward and backward, and once more for two weight gradients. Data parallelism scatters
+    gradients in FP32 and gathers weights in BF16."""
+    replicas = plan.data * plan.context
+    activations = 10 * 2 * plan.shape.hidden * plan.tokens * plan.micro_batches * plan.shape.layers
+    return activations * (1 - 1 / plan.tensor) + 6 * plan.parameters / plan.tensor * (1 - 1 / replicas)
+
+
+def seconds(plan: Plan, way: Way, gpu: Gpu, rates: Rates = Rates()) -> dict[str, float]:
+    """Of one step, by kind of kernel."""
     hidden, ffn, queries, kv = plan.sizes
     tokens = plan.tokens * plan.micro_batches
     layers, tensor = plan.shape.layers, plan.tensor
@@ -172,12 +194,17 @@ def seconds(plan: Plan, way: Way, bandwidth: float, rates: Rates = Rates()) -> d
         / (rates.linear_fp8 if way.fp8 else rates.linear_bf16),
         "head": 6 * plan.head * tokens / tensor / rates.head,
         "attention": causal * tokens * layers * passes / tensor / rates.attention,
-        "quantisation": quantised * tokens * layers * passes / tensor / rates.quantisation / bandwidth
+        "quantisation": quantised * tokens * layers * passes / tensor / rates.quantisation / gpu.bandwidth
         if way.fp8
         else 0,
-        "elementwise": traffic * tokens * layers * passes / tensor / rates.traffic / bandwidth,
-        "loss": tokens * plan.shape.vocab / tensor * (rates.loss_ours if way.ours else rates.loss_stock) / bandwidth,
-        "optimizer": plan.parameters / tensor / (plan.data * plan.context) * rates.optimizer / bandwidth,
+        "elementwise": traffic * tokens * layers * passes / tensor / rates.traffic / gpu.bandwidth,
+        "loss": tokens
+        * plan.shape.vocab
+        / tensor
+        * (rates.loss_ours if way.ours else rates.loss_stock)
+        / gpu.bandwidth,
+        "optimizer": plan.parameters / tensor / (plan.data * plan.context) * rates.optimizer / gpu.bandwidth,
+        "communication": traffic_between_gpus(plan) / rates.links / gpu.links,
         "nothing runs": layers * plan.micro_batches * (rates.gap_fp8 if way.fp8 else rates.gap_bf16),
     }
 
@@ -200,12 +227,12 @@ def by_part(found: dict[str, dict[str, float]], unit: float, digits: int) -> lis
     return [*rows, ["sum", *(f"{sum(values.values()) / unit:.{digits}f}" for values in found.values())]]
 
 
-def report(plan: Plan, gpu: str) -> str:
-    capacity, bandwidth = GPUS[gpu]
+def report(plan: Plan, name_of_gpu: str) -> str:
+    gpu = GPUS[name_of_gpu]
     held = {name: memory(plan, way) for name, way in WAYS.items()}
-    taken = {name: seconds(plan, way, bandwidth) for name, way in WAYS.items()}
+    taken = {name: seconds(plan, way, gpu) for name, way in WAYS.items()}
     step = {name: sum(parts.values()) for name, parts in taken.items()}
-    fits = [str(largest_micro_batch(plan, way, capacity)) for way in WAYS.values()]
+    fits = [str(largest_micro_batch(plan, way, gpu.capacity)) for way in WAYS.values()]
     times = [
         f"{step[name]:.2f} ({step[name] * (1 - TIME_ERROR):.2f}-{step[name] * (1 + TIME_ERROR):.2f})" for name in WAYS
     ]
@@ -213,7 +240,7 @@ def report(plan: Plan, gpu: str) -> str:
     rows = [["a step, s", *times], ["of stock BF16", *ratios], ["largest micro-batch", *fits]]
     return "\n\n".join(
         [
-            f"{plan.parameters / GIGA:.2f} B parameters on {plan.tensor * plan.context * plan.data} {gpu}, "
+            f"{plan.parameters / GIGA:.2f} B parameters on {plan.tensor * plan.context * plan.data} {name_of_gpu}, "
             f"{plan.micro_batch} x {plan.seq_length} tokens a micro-batch, {plan.micro_batches} of them a step",
             table(["memory of a GPU, GB", *WAYS], by_part(held, GIGA, 1)),
             table(["time of a step, ms", *WAYS], by_part(taken, 1e-3, 0)),
@@ -231,7 +258,7 @@ def compare(plan: Plan, gpu: str, measured: Path) -> str:
         times = sorted(value for one in rounds for value in one["seconds"])
         pairs = (
             (sum(memory(plan, WAYS[name]).values()) / GIGA, max(one["peak_gb"] for one in rounds)),
-            (sum(seconds(plan, WAYS[name], GPUS[gpu][1]).values()), times[len(times) // 2]),
+            (sum(seconds(plan, WAYS[name], GPUS[gpu]).values()), times[len(times) // 2]),
         )
         cells = [f"{planned:.2f} {found:.2f} {100 * (planned / found - 1):+.1f} %" for planned, found in pairs]
         rows.append([name, *cells])
