@@ -231,15 +231,16 @@ def test_swiglu_between_fp8_layers():
     assert ours[3] <= plain[3] * 1.01
 
 
+TOKENS = 16384
 LAYERS = {  # outputs, inputs of each linear layer
     "1.5B": {"qkv": (2048, 1536), "proj": (1536, 1536), "fc1": (17920, 1536), "fc2": (1536, 8960)},
     "7B": {"qkv": (4608, 3584), "proj": (3584, 3584), "fc1": (37888, 3584), "fc2": (3584, 18944)},
 }
 
 
-def layer_products(tokens: int, outputs: int, inputs: int):
+def layer_products(outputs: int, inputs: int):
     """By product: a call that computes it by TransformerEngine's `general_gemm` from blockwise FP8, the same in BF16,
-    and its operands' values in FP64 where tokens are few. Weight gradients are added to ones."""
+    and in FP64 from the FP8 operands' values. Weight gradients are added to `main`, which comes last."""
     import transformer_engine_torch as tex
     from transformer_engine.pytorch import Float8BlockQuantizer
     from transformer_engine.pytorch.cpp_extensions import general_gemm
@@ -252,7 +253,7 @@ def layer_products(tokens: int, outputs: int, inputs: int):
     generator = torch.Generator(device="cuda").manual_seed(0)
     x, weight, gradient = (
         torch.randn(*size, generator=generator, device="cuda").bfloat16()
-        for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+        for size in ((TOKENS, inputs), (outputs, inputs), (TOKENS, outputs))
     )
     q, qw, qg = quantised(x, 1), quantised(weight, 2), quantised(gradient, 1)
     main = torch.ones(outputs, inputs, device="cuda")
@@ -268,14 +269,13 @@ def layer_products(tokens: int, outputs: int, inputs: int):
         "input gradient": lambda: general_gemm(weight, gradient, out_dtype=bf16, layout="NN", grad=True)[0],
         "weight gradient": lambda: general_gemm(x, gradient, layout="NT", grad=True, **into)[0],
     }
-    exact = {}
-    if tokens <= 1024:
-        w = qw.dequantize().double()
-        exact = {
-            "forward": q.dequantize().double() @ w.t(),
-            "input gradient": qg.dequantize().double() @ w,
-            "weight gradient": 1 + columns(qg).double().t() @ columns(q).double(),
-        }
+    exact = {
+        "forward": lambda: q.dequantize(dtype=torch.float32).double() @ qw.dequantize(dtype=torch.float32).double().t(),
+        "input gradient": lambda: (
+            qg.dequantize(dtype=torch.float32).double() @ qw.dequantize(dtype=torch.float32).double()
+        ),
+        "weight gradient": lambda: main.double() + columns(qg).double().t() @ columns(q).double(),
+    }
     return calls, in_bf16, exact, main
 
 
@@ -288,27 +288,28 @@ def columns(tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("layer", LAYERS["1.5B"])
 def test_deep_gemm(layer, monkeypatch):
-    """A layer's three products by DeepGEMM and by cuBLAS: both as near to FP64. The calls must have got there."""
+    """A layer's three products by DeepGEMM and by cuBLAS, from FP64: about as far, for tensor cores add FP8 products up
+    with some 14 bits. The calls must have got there."""
     pytest.importorskip("deep_gemm")
     import transformer_engine_torch as tex
 
     from infir2.speed import deep_gemm
 
-    calls, _, exact, main = layer_products(1024, *LAYERS["1.5B"][layer])
-    by_cublas = {}
-    for product, call in calls.items():
-        main.fill_(1)
-        by_cublas[product] = error(call(), exact[product])
+    calls, _, exact, main = layer_products(*LAYERS["1.5B"][layer])
 
     def refuse(*args, **options):
         raise AssertionError("went on to cuBLAS")
 
-    monkeypatch.setattr(tex, "generic_gemm", deep_gemm.in_place_of(refuse))
     for product, call in calls.items():
-        main.fill_(1)
-        found = error(call(), exact[product])
-        print(json.dumps({"layer": layer, "product": product, "error": found, "cublas": by_cublas[product]}))
-        assert found < max(1.05 * by_cublas[product], FP32_LINEAR_CROSS_ENTROPY)
+        errors = {}
+        for name, function in (("cublas", tex.generic_gemm), ("deep_gemm", deep_gemm.in_place_of(refuse))):
+            main.fill_(1)
+            wanted = exact[product]()
+            with monkeypatch.context() as patch:
+                patch.setattr(tex, "generic_gemm", function)
+                errors[name] = error(call(), wanted)
+        print(json.dumps({"layer": layer, "product": product, "errors": errors}))
+        assert errors["deep_gemm"] < max(1.25 * errors["cublas"], FP32_LINEAR_CROSS_ENTROPY)
 
 
 @pytest.mark.parametrize("shape", LAYERS)
@@ -320,15 +321,19 @@ def test_time_of_deep_gemm(shape, monkeypatch):
 
     from infir2.speed import deep_gemm
 
-    original, tokens, sums = tex.generic_gemm, 16384, {"bf16": 0.0, "cublas": 0.0, "deep_gemm": 0.0}
+    def time_of(call) -> float:
+        """Of one call among ten: a small one ends before the next is launched."""
+        return milliseconds(lambda: [call() for _ in range(10)]) / 10
+
+    original, sums = tex.generic_gemm, {"bf16": 0.0, "cublas": 0.0, "deep_gemm": 0.0}
     for layer, (outputs, inputs) in LAYERS[shape].items():
-        calls, in_bf16, _, _ = layer_products(tokens, outputs, inputs)
+        calls, in_bf16, _, _ = layer_products(outputs, inputs)
         for product in calls:
-            found = {"bf16": milliseconds(in_bf16[product]), "cublas": milliseconds(calls[product])}
+            found = {"bf16": time_of(in_bf16[product]), "cublas": time_of(calls[product])}
             with monkeypatch.context() as patch:
                 patch.setattr(tex, "generic_gemm", deep_gemm.in_place_of(original))
-                found["deep_gemm"] = milliseconds(calls[product])
-            rates = {name: round(2e-9 * tokens * outputs * inputs / ms) for name, ms in found.items()}
+                found["deep_gemm"] = time_of(calls[product])
+            rates = {name: round(2e-9 * TOKENS * outputs * inputs / ms) for name, ms in found.items()}
             print(json.dumps({"layer": layer, "product": product, "ms": found, "TFLOP/s": rates}))
             sums = {name: sums[name] + ms for name, ms in found.items()}
     print(json.dumps({"shape": shape, "a layer's products, ms": sums}))
