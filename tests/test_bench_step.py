@@ -123,7 +123,7 @@ def test_stock_arms_have_none_of_our_work():
         words = bench_step.step_flags(arm, arguments)
         if name.startswith("stock"):
             assert "--no-gradient-accumulation-fusion" in words
-            assert not [word for word in words if word.startswith(("--fused-", "--check-gradients"))]
+            assert not [word for word in words if word.startswith(("--fused-", "--check-gradients", "--deep-gemm"))]
 
 
 def test_command(tmp_path):

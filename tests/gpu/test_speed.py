@@ -338,3 +338,60 @@ def test_time_of_deep_gemm(shape, monkeypatch):
             sums = {name: sums[name] + ms for name, ms in found.items()}
     print(json.dumps({"shape": shape, "a layer's products, ms": sums}))
     assert sums["deep_gemm"] < sums["cublas"]
+
+
+def attention(backend: str, monkeypatch, length: int, samples: int, heads: int = 12, groups: int = 2):
+    """Causal attention of 1.5B by TransformerEngine with one backend: q, k, v [s, b, h, d] and a call that gives the
+    output [s, b, h d] and their gradients."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
+
+    for name in ("flash", "fused", "unfused"):
+        monkeypatch.setenv(f"NVTE_{name.upper()}_ATTN", str(int(name == backend)))
+    dot_product_attention._attention_backends["backend_selection_requires_update"] = True
+    generator = torch.Generator("cuda").manual_seed(0)
+    inputs = [
+        torch.randn(length, samples, count, 128, generator=generator, device="cuda").bfloat16().requires_grad_()
+        for count in (heads, groups, groups)
+    ]
+    gradient = torch.randn(length, samples, heads * 128, generator=generator, device="cuda").bfloat16()
+    module = te.DotProductAttention(heads, 128, num_gqa_groups=groups, qkv_format="sbhd", attn_mask_type="causal")
+
+    def call():
+        for one in inputs:
+            one.grad = None
+        output = module(*inputs)
+        output.backward(gradient)
+        return output.detach(), *(one.grad for one in inputs)
+
+    return inputs, gradient, call
+
+
+def plain_attention(q, k, v, gradient):
+    """The same in FP32, without a kernel."""
+    q, k, v = (one.detach().float().requires_grad_() for one in (q, k, v))
+    wide = [one.repeat_interleave(q.shape[2] // one.shape[2], 2).permute(1, 2, 0, 3) for one in (q, k, v)]
+    scores = wide[0] @ wide[1].transpose(2, 3) * 128**-0.5
+    scores = scores.masked_fill(torch.ones(len(q), len(q), device="cuda").triu(1).bool(), -torch.inf)
+    output = (scores.softmax(3) @ wide[2]).permute(2, 0, 1, 3).flatten(2)
+    output.backward(gradient.float())
+    return output.detach(), q.grad, k.grad, v.grad
+
+
+def test_attention_backends(monkeypatch):
+    """cuDNN's attention and FlashAttention 4 are as near to FP32; prints the time of both, forward and backward."""
+    pytest.importorskip("flash_attn.cute")
+    errors = {}
+    for backend in ("fused", "flash"):
+        inputs, gradient, call = attention(backend, monkeypatch, 1024, 2)
+        wanted = plain_attention(*inputs, gradient)
+        errors[backend] = [error(one, other) for one, other in zip(call(), wanted, strict=True)]
+    print(json.dumps({"errors of output, dq, dk, dv": errors}))
+    assert max(errors["flash"]) < max(1.25 * max(errors["fused"]), BF16_OUTPUT)
+    for length, samples, heads, groups in ((8192, 2, 12, 2), (32768, 1, 12, 2), (8192, 2, 28, 4), (32768, 1, 28, 4)):
+        found = {}
+        for backend in ("fused", "flash"):
+            call = attention(backend, monkeypatch, length, samples, heads, groups)[2]
+            found[backend] = milliseconds(call)
+        rates = {name: round(7e-9 * length**2 * samples * heads * 128 / ms) for name, ms in found.items()}
+        print(json.dumps({"length": length, "heads": heads, "ms": found, "TFLOP/s": rates}))
