@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
+import pytest
 from trainer import with_megatron
+
+from infir2 import backend
 
 
 def missing_attributes() -> list[str]:
-    from infir2 import backend
-
     missing = []
     by_flag = [path for table in backend.BY_FLAG_ON_GPU.values() for path in table if path.startswith("megatron")]
     for path in (*backend.TORCH_ON_CPU, *backend.MEGATRON_ON_CPU, *by_flag, *backend.MEGATRON):
@@ -21,6 +22,13 @@ def missing_attributes() -> list[str]:
 def test_every_patched_attribute_exists():
     """Pins: an upgrade that renames an attribute turns its patch into one that nobody reads."""
     assert with_megatron("test_backend", "missing_attributes") == []
+
+
+def test_deep_gemm_is_asked_for(monkeypatch):
+    """Pins a run that stops in its first step, for want of a package, instead of before it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install sgl-deep-gemm"):
+        backend._deep_gemm(None)
 
 
 def known_flags() -> set[str]:

@@ -289,8 +289,8 @@ def deep_gemm_in_fp64(left, right, out, c=None, recipe=None):
     out.copy_(left @ right.t() + (0 if c is None else c))
 
 
-def layer_products(module, accumulate: bool = True):
-    """The three products of a layer by `module.in_place_of`, beside FP64; 3 and 5 blocks, so that scales are padded."""
+def layer_products(accumulate: bool):
+    """The three products of a layer by `deep_gemm.in_place_of`, beside FP64; 3 and 5 blocks, so scales are padded."""
     generator = torch.Generator().manual_seed(0)
     x, weight, gradient, main = (
         torch.randn(*shape, generator=generator) * 10.0 ** torch.randint(-3, 3, (shape[-1],), generator=generator)
@@ -307,7 +307,7 @@ def layer_products(module, accumulate: bool = True):
         rest = (None, False, None, layout != "TN", None, 0, added, True)
         transposed = (a, layout[0] == "T", b, layout[1] == "T")
         options = more | {"beta": 1.0 if added else 0.0}
-        return module.in_place_of(original)(*transposed, out, None, dtype, None, *rest, **options)[0]
+        return deep_gemm.in_place_of(original)(*transposed, out, None, dtype, None, *rest, **options)[0]
 
     y = call(weight, x, "TN", None, bf16)
     dx = call(weight, gradient, "NN", None, bf16)
@@ -322,7 +322,7 @@ def test_deep_gemm(accumulate, monkeypatch):
     """A layer's three products. Pins scales of the wrong operand or direction, padding that is read, a weight gradient
     that overwrites the earlier micro-batches' or adds to what a first one should overwrite."""
     monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(fp8_gemm_nt=deep_gemm_in_fp64))
-    for found, wanted in layer_products(deep_gemm, accumulate):
+    for found, wanted in layer_products(accumulate):
         assert found.shape == wanted.shape
         tolerance = BF16_OUTPUT if found.dtype == torch.bfloat16 else FP32_LINEAR_CROSS_ENTROPY
         assert error(found, wanted) < tolerance

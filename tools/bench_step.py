@@ -85,7 +85,7 @@ ARMS = {
     "bf16-graphs": Arm("bf16", (*OURS, *GRAPHS)),
     "fp8-graphs": Arm("fp8", (*OURS, *SWIGLU, *GRAPHS)),
     "fp8-deep-gemm": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM)),
-    "fp8-flash": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM, *FLASH)),
+    "fp8-deep-gemm-flash": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM, *FLASH)),
     "bf16-flash": Arm("bf16", (*OURS, *FLASH)),
     "stock-bf16-ce-flash": Arm("bf16", (*STOCK, *NATIVE, *FLASH)),
     "fp8-without-swiglu": Arm("fp8", OURS),

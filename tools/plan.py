@@ -45,6 +45,7 @@ class Gpu:
     links: float
 
 
+# From data sheets: memory 4.8 and 3.35 TB/s, NVLink 900 GB/s, of the H800 400.
 GPUS = {"H200": Gpu(150e9, 1.0, 1.0), "H100": Gpu(84e9, 3.35 / 4.8, 1.0), "H800": Gpu(84e9, 3.35 / 4.8, 400 / 900)}
 
 
@@ -185,6 +186,7 @@ def seconds(plan: Plan, way: Way, gpu: Gpu, rates: Rates = Rates()) -> dict[str,
     quantised = 4 * hidden + queries + (queries + kv)  # inputs and gradients of four layers
     quantised += 0 if way.ours else 3 * ffn  # ours: in the kernels of SwiGLU, which move as many bytes as without
     traffic = 16 * ffn + 2 * 16 * hidden + (4 if way.ours else 6) * (2 * hidden + queries + kv)
+    loss = rates.loss_ours if way.ours else rates.loss_stock
     return {
         "linear layers": 6
         * plan.linear
@@ -198,11 +200,7 @@ def seconds(plan: Plan, way: Way, gpu: Gpu, rates: Rates = Rates()) -> dict[str,
         if way.fp8
         else 0,
         "elementwise": traffic * tokens * layers * passes / tensor / rates.traffic / gpu.bandwidth,
-        "loss": tokens
-        * plan.shape.vocab
-        / tensor
-        * (rates.loss_ours if way.ours else rates.loss_stock)
-        / gpu.bandwidth,
+        "loss": tokens * plan.shape.vocab / tensor * loss / gpu.bandwidth,
         "optimizer": plan.parameters / tensor / (plan.data * plan.context) * rates.optimizer / gpu.bandwidth,
         "communication": traffic_between_gpus(plan) / rates.links / gpu.links,
         "nothing runs": layers * plan.micro_batches * (rates.gap_fp8 if way.fp8 else rates.gap_bf16),

@@ -11,7 +11,7 @@ Nothing is pretended about the arithmetic: kernels, collectives (gloo) and check
 
 Each patched attribute is a row of `TORCH_ON_CPU`, `MEGATRON_ON_CPU`, `BY_FLAG_ON_GPU` or `MEGATRON`;
 tests/test_backend.py checks that every one still exists in the pinned releases, so an upgrade cannot turn a patch into
-a silent no-op.
+a silent no-op (TransformerEngine's is not there on a CPU: tests/gpu/test_speed.py needs its patch to be called).
 """
 
 import contextlib

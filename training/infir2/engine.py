@@ -85,7 +85,8 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         backend.DEEP_GEMM,
         action="store_true",
-        help="compute linear layers in blockwise FP8 by DeepGEMM instead of cuBLAS (GPU; needs sgl-deep-gemm and nvcc)",
+        help="compute linear layers in blockwise FP8 by DeepGEMM instead of cuBLAS (GPU; needs sgl-deep-gemm and nvcc; "
+        "not yet run on a GPU by us)",
     )
     group.add_argument(
         "--check-gradients-once",

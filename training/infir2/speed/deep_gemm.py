@@ -52,13 +52,14 @@ def _with_weight(weight: Any, transposed: bool, x: Any, out: Tensor | None, out_
     """x W^T (`transposed`) or x W in BF16; None where DeepGEMM does not compute it."""
     if not weight._is_2D_scaled or x._is_2D_scaled or getattr(out_dtype, "name", "kBFloat16") != "kBFloat16":
         return None
-    right = _rows(weight) if transposed else _columns(weight)
-    left = _rows(x)
+    left, right = _rows(x), _rows(weight) if transposed else _columns(weight)
+    if (out is not None and out.dtype != torch.bfloat16) or not _whole(left, right):
+        return None
     if out is None:
         out = torch.empty(*x.size()[:-1], len(right[0]), dtype=torch.bfloat16, device=left[0].device)
-    if out.dtype != torch.bfloat16 or not _whole(left, right):
-        return None
-    _multiply(left, right, out.view(-1, out.shape[-1]))
+    import deep_gemm
+
+    deep_gemm.fp8_gemm_nt(left, right, out.view(-1, out.shape[-1]), recipe=(1, BLOCK, BLOCK))
     return out
 
 
@@ -70,19 +71,11 @@ def _weight_gradient(x: Any, gradient: Any, out: Tensor | None, accumulate: bool
     if not _whole(left, right):
         return None
     if not accumulate:
-        out.zero_()
-    _multiply(left, right, out, accumulate=True)
-    return out
-
-
-def _multiply(left: Operand, right: Operand, out: Tensor, *, accumulate: bool = False) -> None:
-    """out [M, N] = left [M, depth] right [N, depth]^T; `accumulate` adds, in FP32, and takes scales by row only."""
+        out.zero_()  # of 1 x 128 blocks on both sides DeepGEMM can only add
     import deep_gemm
 
-    if accumulate:
-        deep_gemm.fp8_gemm_nt(left, right, out, c=out, recipe=(1, 1, BLOCK))
-    else:
-        deep_gemm.fp8_gemm_nt(left, right, out, recipe=(1, BLOCK, BLOCK))
+    deep_gemm.fp8_gemm_nt(left, right, out, c=out, recipe=(1, 1, BLOCK))
+    return out
 
 
 def _whole(left: Operand, right: Operand) -> bool:
