@@ -105,6 +105,7 @@ def test_script(name, tmp_path):
     command = ["bash", str(ROOT / f"scripts/eval/{name}_eval.sh"), *models]
     command += ["--samples", str(SAMPLES), "--max-tokens", str(MAX_TOKENS)]
     settings = {"PYTHON": sys.executable, "EVALSCOPE_PYTHON": EVALSCOPE, "DATASET_LOCAL": str(tmp_path)}
+    settings["INFIR2_BACKEND"] = "gpu"  # tests/conftest.py says cpu
     environment = {**os.environ, **settings, "OUTPUT": str(tmp_path / "out")}
     begin = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -113,6 +114,8 @@ def test_script(name, tmp_path):
     scores = json.loads(report.read_text())["benchmarks"][name]["scores"]
     for key in keys:
         assert (scores[key]["problems"], scores[key]["samples"]) == (PROBLEMS, SAMPLES)
+        log = (tmp_path / "out" / name / key / "server.log").read_text(errors="replace")
+        assert "ServerArgs(" in log, "it was not SGLang that answered"
     assert gone(before)
     seconds = round(time.monotonic() - begin, 1)
     print(json.dumps({"benchmark": name, "seconds": seconds, "scores": scores}))
