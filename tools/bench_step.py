@@ -70,7 +70,7 @@ STOCK = ("--no-gradient-accumulation-fusion",)
 NATIVE = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native")
 OURS = ("--fused-linear-cross-entropy", "--fused-weight-gradient", "--check-gradients-once")
 SWIGLU, GRAPHS, DEEP_GEMM = ("--fused-swiglu-quantisation",), ("--cuda-graph-impl", "local"), ("--deep-gemm",)
-FLASH = ("--attention-backend", "flash")  # FlashAttention 4 where it is installed
+FLASH = ("--flash-attention-4",)
 ARMS = {
     "stock-bf16": Arm("bf16", STOCK),
     "stock-bf16-ce": Arm("bf16", (*STOCK, *NATIVE)),
@@ -86,7 +86,9 @@ ARMS = {
     "fp8-graphs": Arm("fp8", (*OURS, *SWIGLU, *GRAPHS)),
     "fp8-deep-gemm": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM)),
     "fp8-deep-gemm-flash": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM, *FLASH)),
+    "fp8-deep-gemm-flash-graphs": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM, *FLASH, *GRAPHS)),
     "bf16-flash": Arm("bf16", (*OURS, *FLASH)),
+    "bf16-flash-graphs": Arm("bf16", (*OURS, *FLASH, *GRAPHS)),
     "stock-bf16-ce-flash": Arm("bf16", (*STOCK, *NATIVE, *FLASH)),
     "fp8-without-swiglu": Arm("fp8", OURS),
     "stock-bf16-ce-unchecked": Arm("bf16", (*STOCK, *NATIVE, "--no-check-for-nan-in-loss-and-grad")),

@@ -110,11 +110,12 @@ def test_script(name, tmp_path):
     begin = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    report = tmp_path / "out" / name / "report/scores.json"
-    scores = json.loads(report.read_text())["benchmarks"][name]["scores"]
+    folder = tmp_path / "out" / name
+    report = folder / ("report" if len(keys) > 1 else f"{keys[0]}/report") / "scores.json"
+    (scores,) = (one["scores"] for one in json.loads(report.read_text())["benchmarks"].values())
     for key in keys:
         assert (scores[key]["problems"], scores[key]["samples"]) == (PROBLEMS, SAMPLES)
-        log = (tmp_path / "out" / name / key / "server.log").read_text(errors="replace")
+        log = (folder / key / "server.log").read_text(errors="replace")
         assert "ServerArgs(" in log, "it was not SGLang that answered"
     assert gone(before)
     seconds = round(time.monotonic() - begin, 1)

@@ -4,13 +4,14 @@ python -m pytest -o addopts= -s tests/gpu/test_speed.py
 """
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 from tolerances import BF16_OUTPUT, FP32_LINEAR_CROSS_ENTROPY
 
 from infir2 import fp8
-from infir2.speed import linear_cross_entropy, weight_gradient
+from infir2.speed import deep_gemm, flash_attention, linear_cross_entropy, weight_gradient
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")
 VOCABULARY, WIDTH = 151936, 1536  # Qwen2.5-1.5B's head
@@ -286,15 +287,21 @@ def columns(tensor) -> torch.Tensor:
     return (codes * scales).t()
 
 
+def library_of_deep_gemm(monkeypatch):
+    """The module that holds `generic_gemm`; from here on DeepGEMM computes every product that it can."""
+    pytest.importorskip("deep_gemm")
+    import transformer_engine.pytorch  # noqa: F401  it loads the next
+    import transformer_engine_torch
+
+    monkeypatch.setattr(deep_gemm, "_cublas_is_faster", lambda outputs, inputs: False)
+    return transformer_engine_torch
+
+
 @pytest.mark.parametrize("layer", LAYERS["1.5B"])
 def test_deep_gemm(layer, monkeypatch):
     """A layer's three products by DeepGEMM and by cuBLAS, from FP64: about as far, for tensor cores add FP8 products up
     with some 14 bits. The calls must have got there."""
-    pytest.importorskip("deep_gemm")
-    import transformer_engine_torch as tex
-
-    from infir2.speed import deep_gemm
-
+    tex = library_of_deep_gemm(monkeypatch)
     calls, _, exact, main = layer_products(*LAYERS["1.5B"][layer])
 
     def refuse(*args, **options):
@@ -316,10 +323,7 @@ def test_deep_gemm(layer, monkeypatch):
 def test_time_of_deep_gemm(shape, monkeypatch):
     """Every product of a layer at 16,384 tokens, by cuBLAS and by DeepGEMM in FP8 and by cuBLAS in BF16: prints ms and
     TFLOP/s. Their sum is what a step spends; DeepGEMM must not lose it."""
-    pytest.importorskip("deep_gemm")
-    import transformer_engine_torch as tex
-
-    from infir2.speed import deep_gemm
+    tex = library_of_deep_gemm(monkeypatch)
 
     def time_of(call) -> float:
         """Of one call among ten: a small one ends before the next is launched."""
@@ -340,58 +344,90 @@ def test_time_of_deep_gemm(shape, monkeypatch):
     assert sums["deep_gemm"] < sums["cublas"]
 
 
-def attention(backend: str, monkeypatch, length: int, samples: int, heads: int = 12, groups: int = 2):
-    """Causal attention of 1.5B by TransformerEngine with one backend: q, k, v [s, b, h, d] and a call that gives the
-    output [s, b, h d] and their gradients."""
+def attention(length: int, samples: int, heads: int, groups: int, dimension: int = 128, boundaries=None):
+    """q, k, v of causal attention in BF16, [s, b, h, d] or, where `boundaries` [n + 1] are given, packed [t, h, d]; a
+    gradient of the output; and one call each of cuDNN by TransformerEngine and of FlashAttention 4 by ours, which give
+    the output and the gradients of q, k, v. v is a part of a larger tensor, as Megatron hands it on."""
     import transformer_engine.pytorch as te
-    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
+    from megatron.core.packed_seq_params import PackedSeqParams
 
-    for name in ("flash", "fused", "unfused"):
-        monkeypatch.setenv(f"NVTE_{name.upper()}_ATTN", str(int(name == backend)))
-    dot_product_attention._attention_backends["backend_selection_requires_update"] = True
     generator = torch.Generator("cuda").manual_seed(0)
-    inputs = [
-        torch.randn(length, samples, count, 128, generator=generator, device="cuda").bfloat16().requires_grad_()
-        for count in (heads, groups, groups)
-    ]
-    gradient = torch.randn(length, samples, heads * 128, generator=generator, device="cuda").bfloat16()
-    module = te.DotProductAttention(heads, 128, num_gqa_groups=groups, qkv_format="sbhd", attn_mask_type="causal")
+    shape = (length,) if boundaries else (length, samples)
+    q, k, gradient, mixed = (
+        torch.randn(*shape, *rest, generator=generator, device="cuda").bfloat16()
+        for rest in ((heads, dimension), (groups, dimension), (heads * dimension,), (3 * groups, dimension))
+    )
+    inputs = [one.requires_grad_() for one in (q, k, mixed[..., groups : 2 * groups, :])]
+    options, packed = {"qkv_format": "thd" if boundaries else "sbhd"}, None
+    if boundaries:
+        starts = torch.tensor(boundaries, dtype=torch.int32, device="cuda")
+        longest = max(after - before for before, after in pairwise(boundaries))
+        sizes = {"cu_seqlens_q": starts, "cu_seqlens_kv": starts, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+        packed = PackedSeqParams(qkv_format="thd", **sizes)
+        options |= sizes
+    options["attn_mask_type"] = "padding_causal" if boundaries else "causal"
+    module = te.DotProductAttention(heads, dimension, num_gqa_groups=groups)
 
-    def call():
-        for one in inputs:
-            one.grad = None
-        output = module(*inputs)
-        output.backward(gradient)
-        return output.detach(), *(one.grad for one in inputs)
+    def both_ways(function):
+        def call():
+            output = function()
+            return output.detach(), *torch.autograd.grad(output, inputs, gradient)
 
-    return inputs, gradient, call
+        return call
+
+    cudnn = both_ways(lambda: module(*inputs, **options))
+    return inputs, gradient, cudnn, both_ways(lambda: flash_attention.causal(*inputs, packed).flatten(-2))
 
 
 def plain_attention(q, k, v, gradient):
-    """The same in FP32, without a kernel."""
+    """The same in FP32 for [s, b, h, d], without a kernel."""
     q, k, v = (one.detach().float().requires_grad_() for one in (q, k, v))
     wide = [one.repeat_interleave(q.shape[2] // one.shape[2], 2).permute(1, 2, 0, 3) for one in (q, k, v)]
-    scores = wide[0] @ wide[1].transpose(2, 3) * 128**-0.5
+    scores = wide[0] @ wide[1].transpose(2, 3) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(torch.ones(len(q), len(q), device="cuda").triu(1).bool(), -torch.inf)
     output = (scores.softmax(3) @ wide[2]).permute(2, 0, 1, 3).flatten(2)
     output.backward(gradient.float())
     return output.detach(), q.grad, k.grad, v.grad
 
 
-def test_attention_backends(monkeypatch):
-    """cuDNN's attention and FlashAttention 4 are as near to FP32; prints the time of both, forward and backward."""
+@pytest.mark.parametrize(
+    ("length", "samples", "heads", "groups", "dimension", "boundaries"),
+    [
+        (1024, 2, 12, 2, 128, None),
+        (200, 3, 4, 4, 128, None),  # no whole tiles
+        (512, 2, 9, 3, 64, None),
+        (1000, 1, 12, 2, 128, [0, 1, 300, 301, 900, 1000]),
+        (512, 1, 9, 3, 64, [0, 512]),
+    ],
+)
+def test_flash_attention(length, samples, heads, groups, dimension, boundaries, monkeypatch):
+    """FlashAttention 4 is as near to FP32 as cuDNN, output and gradients. Pins an output of zeros, which is what
+    TransformerEngine gets of it; heads in the wrong order; sequences that see the one before."""
     pytest.importorskip("flash_attn.cute")
-    errors = {}
-    for backend in ("fused", "flash"):
-        inputs, gradient, call = attention(backend, monkeypatch, 1024, 2)
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    inputs, gradient, cudnn, flash = attention(length, samples, heads, groups, dimension, boundaries)
+    if boundaries:
+        parts = [
+            plain_attention(*(one[start:end, None] for one in (*inputs, gradient)))
+            for start, end in pairwise(boundaries)
+        ]
+        wanted = [torch.cat(one)[:, 0] for one in zip(*parts, strict=True)]
+    else:
         wanted = plain_attention(*inputs, gradient)
-        errors[backend] = [error(one, other) for one, other in zip(call(), wanted, strict=True)]
-    print(json.dumps({"errors of output, dq, dk, dv": errors}))
-    assert max(errors["flash"]) < max(1.25 * max(errors["fused"]), BF16_OUTPUT)
+    errors = {
+        name: [error(one, other) for one, other in zip(call(), wanted, strict=True)]
+        for name, call in (("cudnn", cudnn), ("flash", flash))
+    }
+    print(json.dumps({"packed": bool(boundaries), "dimension": dimension, "errors of output, dq, dk, dv": errors}))
+    assert max(errors["flash"]) < max(1.25 * max(errors["cudnn"]), BF16_OUTPUT)
+
+
+def test_time_of_flash_attention(monkeypatch):
+    """Prints ms and TFLOP/s of both, forward and backward, at the recipe's lengths."""
+    pytest.importorskip("flash_attn.cute")
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
     for length, samples, heads, groups in ((8192, 2, 12, 2), (32768, 1, 12, 2), (8192, 2, 28, 4), (32768, 1, 28, 4)):
-        found = {}
-        for backend in ("fused", "flash"):
-            call = attention(backend, monkeypatch, length, samples, heads, groups)[2]
-            found[backend] = milliseconds(call)
+        _, _, cudnn, flash = attention(length, samples, heads, groups)
+        found = {name: milliseconds(call) for name, call in (("cudnn", cudnn), ("flash", flash))}
         rates = {name: round(7e-9 * length**2 * samples * heads * 128 / ms) for name, ms in found.items()}
         print(json.dumps({"length": length, "heads": heads, "ms": found, "TFLOP/s": rates}))

@@ -47,6 +47,7 @@ APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 FUSED_WEIGHT_GRADIENT = "--fused-weight-gradient"
 FUSED_SWIGLU = "--fused-swiglu-quantisation"
 DEEP_GEMM = "--deep-gemm"
+FLASH_ATTENTION = "--flash-attention-4"
 
 
 def name() -> str:
@@ -303,14 +304,33 @@ def _quantised_swiglu(original):
 
 
 def _deep_gemm(original):
-    if importlib.util.find_spec("deep_gemm") is None:
-        raise ValueError(f"{DEEP_GEMM} needs DeepGEMM, which is not installed: pip install sgl-deep-gemm")
+    _need("deep_gemm", f"{DEEP_GEMM} needs DeepGEMM, which is not installed: pip install sgl-deep-gemm")
     return importlib.import_module("infir2.speed.deep_gemm").in_place_of(original)
+
+
+def _flash_attention(original):
+    _need(
+        "flash_attn.cute",
+        f"{FLASH_ATTENTION} needs FlashAttention 4, which is not installed: pip install 'flash-attn-4[cu13]'",
+    )
+    return importlib.import_module("infir2.speed.flash_attention").in_place_of(original)
+
+
+def _need(module: str, message: str) -> None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # the package that should hold it is not there
+        found = None
+    if found is None:
+        raise ValueError(message)
 
 
 BY_FLAG_ON_GPU: dict[str, dict[str, Callable[[Any], Any]]] = {
     FUSED_SWIGLU: {"megatron.core.transformer.mlp.bias_swiglu_impl": _quantised_swiglu},
     DEEP_GEMM: {"transformer_engine.pytorch.cpp_extensions.gemm.tex.generic_gemm": _deep_gemm},
+    FLASH_ATTENTION: {
+        "megatron.core.extensions.transformer_engine.TEDotProductAttention.forward": _flash_attention,
+    },
 }
 
 MEGATRON: dict[str, Callable[[Any], Any]] = {

@@ -89,6 +89,11 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         "not yet run on a GPU by us)",
     )
     group.add_argument(
+        backend.FLASH_ATTENTION,
+        action="store_true",
+        help="compute causal attention by FlashAttention 4 instead of cuDNN (GPU; needs flash-attn-4)",
+    )
+    group.add_argument(
         "--check-gradients-once",
         action="store_true",
         help="look for NaN and Inf in the norm of a step's gradients, before the optimizer uses them, and not in each "
