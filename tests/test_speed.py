@@ -1,8 +1,10 @@
 """The parts that make a step faster compute what the plain ones do."""
 
+import itertools
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import BF16_OUTPUT, FP32_LAYOUTS, FP32_LINEAR_CROSS_ENTROPY
+from torch.nn.functional import scaled_dot_product_attention as scaled_dot_product
 from trainer import Training, losses, tensors, train
 
 from infir2 import fp8
-from infir2.speed import deep_gemm, linear_cross_entropy, weight_gradient
+from infir2.speed import deep_gemm, flash_attention, linear_cross_entropy, weight_gradient
 
 
 def problem(tokens: int, vocabulary: int, width: int, seed: int, dtype=torch.float32):
@@ -188,6 +191,41 @@ def test_swiglu_kernels_compile_for_hopper(name, fmt):
     assert other not in compiled.asm["ptx"]
 
 
+def test_split_rotary():
+    """The qkv layer's output split and rotated as the formula says, and its gradient, in FP64. Pins heads of another
+    group, another sample's angle, a last program with too few tokens, and a gradient rotated forwards."""
+    program = """if True:
+        import torch
+        from infir2.speed import split_rotary
+
+        generator = torch.Generator().manual_seed(0)
+        for length, samples, groups, heads, size in ((5, 2, 2, 3, 8), (9, 2, 1, 1, 16), (16, 1, 2, 6, 4)):
+            def random(*shape):
+                return torch.randn(*shape, generator=generator)
+
+            mixed = random(length, samples, groups, (heads + 2) * size)
+            angles = random(length + 3, 1, 1, size // 2).repeat(1, 1, 1, 2) * 100
+            shapes = [(length, samples, count, size) for count in (groups * heads, groups, groups)]
+            found = [torch.full(shape, torch.nan) for shape in shapes]
+            split_rotary._launch(mixed, *found, angles, backward=False)
+            x = mixed.double().requires_grad_()
+            by_head = x.view(length, samples, groups, heads + 2, size)
+            angle = angles.double()[:length].view(length, 1, 1, 1, size)
+            half = by_head.roll(size // 2, -1) * torch.where(torch.arange(size) < size // 2, -1, 1)
+            turned = by_head * angle.cos() + half * angle.sin()
+            wanted = turned[..., :heads, :].flatten(2, 3), turned[..., heads, :], by_head[..., heads + 1, :]
+            gradients = [random(*shape) for shape in shapes]
+            back = torch.full_like(mixed, torch.nan)
+            split_rotary._launch(back, *gradients, angles, backward=True)
+            (wanted_back,) = torch.autograd.grad(wanted, x, [one.double() for one in gradients])
+            for one, other in zip((*found, back), (*wanted, wanted_back), strict=True):
+                torch.testing.assert_close(one.double(), other, atol=1e-4, rtol=1e-5)
+        print("equal")
+    """
+    pytest.importorskip("triton")
+    assert interpreted(program) == "equal\n"
+
+
 def test_swiglu_kernels():
     """SwiGLU and its gradient, quantised along rows and columns at once. Pins a scale of the wrong direction, the two
     halves of the gradient changed, and codes of a transpose in the wrong place.
@@ -344,6 +382,146 @@ def test_deep_gemm_leaves_the_rest(what, monkeypatch):
     rest = (None, what == "gelu", None, False, None, 0, False, True)
     args, options = (weight, True, x, False, None, quantiser, dtype, bias, *rest), {"beta": float(what == "beta")}
     assert deep_gemm.in_place_of(lambda *args, **options: (args, options))(*args, **options) == (args, options)
+
+
+class FlashAttentionInFp64:
+    """What FlashAttention 4 asks of its operands, [b, s, h, d] or [t, h, d], and what it computes."""
+
+    @staticmethod
+    def parts(lengths, *tensors):
+        """Of packed sequences one at a time, as [1, s, h, d]."""
+        assert all(one.stride(-1) == 1 for one in tensors)
+        if not lengths:
+            return [tensors]
+        starts = lengths["cu_seqlens_q"].tolist()
+        assert lengths["cu_seqlens_k"] is lengths["cu_seqlens_q"]
+        assert lengths["max_seqlen_q"] == lengths["max_seqlen_k"] == max(b - a for a, b in pairwise(starts))
+        return [[one[None, a:b] for one in tensors] for a, b in pairwise(starts)]
+
+    @staticmethod
+    def attend(q, k, v, scale):
+        q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+        return scaled_dot_product(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+
+    @classmethod
+    def _flash_attn_fwd(cls, *inputs, out, return_lse, softmax_scale, causal, **lengths):
+        assert return_lse
+        assert causal
+        for q, k, v, its in cls.parts(lengths, *inputs, out):
+            its.copy_(cls.attend(q.double(), k.double(), v.double(), softmax_scale))
+        return out, torch.zeros(1), None, None, None
+
+    @classmethod
+    def _flash_attn_bwd(cls, q, k, v, out, dout, lse, *, dq, dk, dv, softmax_scale, causal, **lengths):
+        assert causal
+        for *inputs, output, gradient, its_dq, its_dk, its_dv in cls.parts(lengths, q, k, v, out, dout, dq, dk, dv):
+            inputs = [one.detach().double().requires_grad_() for one in inputs]
+            with torch.enable_grad():
+                found = cls.attend(*inputs, softmax_scale)
+            assert error(output, found.detach()) < BF16_OUTPUT, "not what the forward pass gave"
+            gradients = torch.autograd.grad(found, inputs, gradient.double())
+            for place, value in zip((its_dq, its_dk, its_dv), gradients, strict=True):
+                place.copy_(value)
+
+
+class Attention:
+    """What infir2.speed.flash_attention reads of Megatron's attention."""
+
+    num_splits, training = None, True
+
+    def __init__(self, **other):
+        plain = {"softmax_type": "vanilla", "window_size": None, "context_parallel_size": 1, "softmax_scale": None}
+        off = ("deterministic_mode", "qk_clip", "log_max_attention_logit", "apply_query_key_layer_scaling")
+        self.config = SimpleNamespace(**{**plain, **dict.fromkeys(off, False), "attention_dropout": 0.0, **other})
+
+
+def heads(*shape: int) -> list[torch.Tensor]:
+    """q of 4 heads, k of 2, v of 2 that are a part of more: [*shape, heads, 64], BF16."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(*shape, count, 64, generator=generator).bfloat16() for count in (4, 2, 6))
+    return [q, k, v[..., 2:4, :]]
+
+
+def packs(*boundaries: int, **other):
+    starts = torch.tensor(boundaries, dtype=torch.int32)
+    longest = max(b - a for a, b in pairwise(boundaries))
+    sizes = {"cu_seqlens_q": starts, "cu_seqlens_kv": starts, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+    return SimpleNamespace(**{"qkv_format": "thd", "cu_seqlens_q_padded": None, "cp_group": None, **sizes, **other})
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", FlashAttentionInFp64)
+
+
+def attention_of_a_head(q, k, v, scale):
+    """[s, d], in FP64."""
+    scores = (q.double() @ k.double().t() * scale).masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf)
+    return scores.softmax(1) @ v.double()
+
+
+@pytest.mark.parametrize("packed", [None, packs(0, 3, 4, 11)])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_flash_attention(packed, scale, flash_attn):
+    """Output and gradients lie as Megatron has them: sequence, sample, head, dimension. Pins samples taken for
+    positions, packed sequences that see the one before, gradients of k and v of half of the heads."""
+    inputs = [one.detach().requires_grad_() for one in (heads(11) if packed else heads(7, 2))]
+
+    def refuse(*args, **options):
+        raise AssertionError("went on to TransformerEngine")
+
+    forward = flash_attention.in_place_of(refuse)
+    options = {"attention_bias": None, "packed_seq_params": packed}
+    found = forward(Attention(softmax_scale=scale), *inputs, None, attn_mask_type=CAUSAL, **options)
+    found = [found, *torch.autograd.grad(found, inputs, torch.ones_like(found).cumsum(-1))]
+
+    samples = [(slice(None), sample) for sample in (0, 1)]
+    if packed:
+        samples = [slice(*ends) for ends in pairwise(packed.cu_seqlens_q.tolist())]
+    wanted = torch.zeros_like(found[0], dtype=torch.float64)
+    for sample, head in itertools.product(samples, range(4)):
+        q, k, v = (one[sample][:, head // shared] for one, shared in zip(inputs, (1, 2, 2), strict=True))
+        wanted[sample][:, 64 * head : 64 * head + 64] = attention_of_a_head(q, k, v, scale or 1 / 8)
+    wanted = [wanted, *torch.autograd.grad(wanted, inputs, torch.ones_like(wanted).cumsum(-1))]
+    for one, other in zip(found, wanted, strict=True):
+        assert error(one, other.double()) < 2 * BF16_OUTPUT
+
+
+CAUSAL = SimpleNamespace(name="causal")
+ATTENTION_OF_OTHERS = {
+    "window": {"window_size": (128, 0)},
+    "sink": {"softmax_type": "learnable"},
+    "dropout": {"attention_dropout": 0.1},
+    "context parallel": {"context_parallel_size": 2},
+    "deterministic": {"deterministic_mode": True},
+}
+
+
+@pytest.mark.parametrize("what", [*ATTENTION_OF_OTHERS, "mask", "bias", "fp32", "dimension", "cache", "padded"])
+def test_flash_attention_leaves_the_rest(what):
+    """To TransformerEngine, with all its arguments. Pins a window, a bias or dropout forgotten, and queries against a
+    cache, whose mask would be another."""
+    inputs, options = (
+        heads(11 if what == "padded" else 7, *([] if what == "padded" else [2])),
+        {"packed_seq_params": None},
+    )
+    attention, mask = Attention(**ATTENTION_OF_OTHERS.get(what, {})), CAUSAL
+    if what == "mask":
+        mask = SimpleNamespace(name="no_mask")
+    elif what == "bias":
+        options["attention_bias"] = torch.ones(1)
+    elif what == "fp32":
+        inputs = [one.float() for one in inputs]
+    elif what == "dimension":
+        inputs = [one[..., :40] for one in inputs]
+    elif what == "cache":
+        inputs[0] = inputs[0][:1]
+    elif what == "padded":
+        options["packed_seq_params"] = packs(0, 11, cu_seqlens_q_padded=torch.tensor([0, 11]))
+    forward = flash_attention.in_place_of(lambda *args, **options: (args, options))
+    assert forward(attention, *inputs, None, mask, **options) == ((attention, *inputs, None, mask), options)
 
 
 def test_gradients_are_checked_once(run_flags, tmp_path):

@@ -431,3 +431,42 @@ def test_time_of_flash_attention(monkeypatch):
         found = {name: milliseconds(call) for name, call in (("cudnn", cudnn), ("flash", flash))}
         rates = {name: round(7e-9 * length**2 * samples * heads * 128 / ms) for name, ms in found.items()}
         print(json.dumps({"length": length, "heads": heads, "ms": found, "TFLOP/s": rates}))
+
+
+@pytest.mark.parametrize(("groups", "heads"), [(2, 6), (4, 7), (1, 6)])
+def test_split_rotary(groups, heads):
+    """The qkv layer's output of 1.5B, 7B, and a rank of two: split, rotated and back as in FP32, to BF16's rounding; and
+    what it takes beside TransformerEngine's kernel."""
+    from transformer_engine.pytorch.attention.rope import apply_fused_qkv_rotary_pos_emb as plain
+
+    from infir2.speed import split_rotary
+
+    length, samples, size = 8192, 2, 128
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(length, samples, count, size) for count in (groups * heads, groups, groups)]
+    gradients = [torch.randn(*shape, generator=generator, device="cuda").bfloat16() for shape in shapes]
+    mixed = torch.randn(length, samples, groups, (heads + 2) * size, generator=generator, device="cuda").bfloat16()
+    mixed.requires_grad_()
+    rates = 1e6 ** -(torch.arange(0, size, 2, device="cuda") / size)
+    angles = torch.outer(torch.arange(length, device="cuda"), rates).repeat(1, 2)[:, None, None]
+    sizes = [heads * size, size, size]
+
+    def both_ways(function):
+        def call():
+            parts = function(mixed, angles, angles, sizes)
+            return *(one.detach() for one in parts), *torch.autograd.grad(parts, mixed, gradients)
+
+        return call
+
+    x = mixed.detach().float().requires_grad_()
+    by_head = x.view(length, samples, groups, heads + 2, size)
+    half = by_head.roll(size // 2, -1) * torch.where(torch.arange(size, device="cuda") < size // 2, -1, 1)
+    turned = by_head * angles.double().cos().float()[:, :, None] + half * angles.double().sin().float()[:, :, None]
+    wanted = turned[..., :heads, :].flatten(2, 3), turned[..., heads, :], by_head[..., heads + 1, :]
+    wanted = [*wanted, *torch.autograd.grad(wanted, x, [one.float() for one in gradients])]
+    ours = both_ways(split_rotary.in_place_of(None))
+    errors = [error(one, other) for one, other in zip(ours(), wanted, strict=True)]
+    found = {"ours": milliseconds(ours), "TransformerEngine": milliseconds(both_ways(plain))}
+    print(json.dumps({"groups": groups, "heads": heads, "errors": errors, "ms": found}))
+    assert max(errors) < BF16_OUTPUT
+    assert found["ours"] < found["TransformerEngine"]

@@ -48,6 +48,7 @@ FUSED_WEIGHT_GRADIENT = "--fused-weight-gradient"
 FUSED_SWIGLU = "--fused-swiglu-quantisation"
 DEEP_GEMM = "--deep-gemm"
 FLASH_ATTENTION = "--flash-attention-4"
+FUSED_QKV_ROPE = "--fused-qkv-rope"
 
 
 def name() -> str:
@@ -316,6 +317,10 @@ def _flash_attention(original):
     return importlib.import_module("infir2.speed.flash_attention").in_place_of(original)
 
 
+def _split_rotary(original):
+    return importlib.import_module("infir2.speed.split_rotary").in_place_of(original)
+
+
 def _need(module: str, message: str) -> None:
     try:
         found = importlib.util.find_spec(module)
@@ -328,6 +333,7 @@ def _need(module: str, message: str) -> None:
 BY_FLAG_ON_GPU: dict[str, dict[str, Callable[[Any], Any]]] = {
     FUSED_SWIGLU: {"megatron.core.transformer.mlp.bias_swiglu_impl": _quantised_swiglu},
     DEEP_GEMM: {"transformer_engine.pytorch.cpp_extensions.gemm.tex.generic_gemm": _deep_gemm},
+    FUSED_QKV_ROPE: {"megatron.core.transformer.attention.apply_fused_qkv_rotary_pos_emb": _split_rotary},
     FLASH_ATTENTION: {
         "megatron.core.extensions.transformer_engine.TEDotProductAttention.forward": _flash_attention,
     },

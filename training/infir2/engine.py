@@ -67,9 +67,8 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         help="compute the output layer and the loss together, in chunks of tokens, without holding all the logits",
     )
     group.add_argument(
-        "--fused-qkv-rope",
-        action=BooleanOptionalAction,
-        default=False,
+        backend.FUSED_QKV_ROPE,
+        action="store_true",
         help="rotate q and k in the output of the qkv layer, without splitting it first (GPU; not for packed samples)",
     )
     group.add_argument(

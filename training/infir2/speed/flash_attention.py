@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 HEAD_DIMENSIONS = (64, 128)  # tests/gpu/test_speed.py has tried these
 
@@ -26,8 +27,7 @@ def in_place_of(original: Callable) -> Callable:
         others = any(value is not None for name, value in options.items() if name != "packed_seq_params")
         if others or not _applies(self, attn_mask_type) or not _takes(query, key, packed):
             return original(self, query, key, value, attention_mask, attn_mask_type, **options)
-        scale = self.config.softmax_scale
-        return causal(query, key, value, packed, scale).flatten(-2)
+        return causal(query, key, value, packed, self.config.softmax_scale).flatten(-2)
 
     return forward
 
@@ -38,15 +38,40 @@ def causal(query: Tensor, key: Tensor, value: Tensor, packed: Any = None, scale:
     query [s, b, h, d], key and value [s, b, g, d], BF16 or FP16, on a GPU, to [s, b, h, d]; with `packed`, Megatron's
     PackedSeqParams, [t, h, d] and [t, g, d] to [t, h, d]. `scale`: d^-0.5 unless given.
     """
-    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+    lengths = {}
+    if packed is not None:
+        lengths = {"cu_seqlens_q": packed.cu_seqlens_q, "cu_seqlens_k": packed.cu_seqlens_kv}
+        lengths |= {"max_seqlen_q": packed.max_seqlen_q, "max_seqlen_k": packed.max_seqlen_kv}
+    return _FlashAttention.apply(query, key, value, scale or query.shape[-1] ** -0.5, lengths)
 
-    options = {"softmax_scale": scale, "causal": True}
-    if packed is None:
-        batch_first = (one.transpose(0, 1) for one in (query, key, value))
-        return flash_attn_func(*batch_first, **options)[0].transpose(0, 1)
-    lengths = {"cu_seqlens_q": packed.cu_seqlens_q, "cu_seqlens_k": packed.cu_seqlens_kv}
-    lengths |= {"max_seqlen_q": packed.max_seqlen_q, "max_seqlen_k": packed.max_seqlen_kv}
-    return flash_attn_varlen_func(query, key, value, **lengths, **options)[0]
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, scale, lengths):
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        ctx.options = {"softmax_scale": scale, "causal": True, **lengths}
+        output = query.new_empty(query.shape)
+        q, k, v, out = _batch_first(query, key, value, output)
+        logsumexp = _flash_attn_fwd(q, k, v, out=out, return_lse=True, **ctx.options)[1]
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        *operands, logsumexp = ctx.saved_tensors
+        gradients = [one.new_empty(one.shape) for one in operands[:3]]
+        dq, dk, dv = _batch_first(*gradients)
+        _flash_attn_bwd(*_batch_first(*operands, gradient), logsumexp, dq=dq, dk=dk, dv=dv, **ctx.options)
+        return *gradients, None, None
+
+
+def _batch_first(*tensors: Tensor) -> list[Tensor]:
+    """Views [b, s, h, d] of [s, b, h, d]; packed sequences as they are."""
+    return [one.transpose(0, 1) if one.dim() == 4 else one for one in tensors]
 
 
 def _applies(attention: Any, mask: Any) -> bool:
