@@ -435,8 +435,8 @@ def test_time_of_flash_attention(monkeypatch):
 
 @pytest.mark.parametrize(("groups", "heads"), [(2, 6), (4, 7), (1, 6)])
 def test_split_rotary(groups, heads):
-    """The qkv layer's output of 1.5B, 7B, and a rank of two: split, rotated and back as in FP32, to BF16's rounding; and
-    what it takes beside TransformerEngine's kernel."""
+    """The qkv layer's output of 1.5B, 7B, and a rank of two: split, rotated and back as in FP32, to BF16's rounding;
+    prints what it takes beside TransformerEngine's kernel."""
     from transformer_engine.pytorch.attention.rope import apply_fused_qkv_rotary_pos_emb as plain
 
     from infir2.speed import split_rotary
