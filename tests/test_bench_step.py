@@ -37,6 +37,7 @@ NAMES = {
     "void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel<Kernel_traits>": ("norm"),
     "void transformer_engine::fused_rope_forward_kernel<__nv_bfloat16>(__nv_bfloat16 const*, int const*)": "rope",
     "void transformer_engine::fused_qkv_rope_backward_kernel<__nv_bfloat16>(__nv_bfloat16 const*)": "rope",
+    "_split_and_rotate": "rope",
     "void transformer_engine::gated_act_kernel<8, float>(__nv_bfloat16 const*)": "activation",
     "triton_poi_fused_mul_silu_split_0": "activation",
     "_rows": "cross entropy",

