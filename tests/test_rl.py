@@ -316,6 +316,7 @@ def test_refused_before_anything_is_started(folder, tmp_path, more, message):
         (["--rollout-max-response-len", "32"], r"a prompt of 40 and a response of 32 tokens do not fit into 64"),
         (["--global-batch-size", "36"], r"a step has 6 x 8 = 48 samples, no multiple of --global-batch-size 36"),
         (["--pipeline-model-parallel-size", "2"], "pipeline parallelism 1"),
+        (["--fused-linear-cross-entropy"], "leave --fused-linear-cross-entropy out"),
         (["--n-samples-per-prompt", "1"], "must be at least 2"),
         (["--rollout-temperature", "0"], "must be above 0"),
         (["--over-sampling-batch-size", "3"], "3 is below --rollout-batch-size 6"),

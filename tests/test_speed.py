@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from tolerances import BF16_OUTPUT, FP32_LAYOUTS, FP32_LINEAR_CROSS_ENTROPY
 from torch.nn.functional import scaled_dot_product_attention as scaled_dot_product
 from trainer import Training, losses, tensors, train
 
-from infir2 import fp8
+from infir2 import engine, fp8
 from infir2.speed import deep_gemm, flash_attention, linear_cross_entropy, weight_gradient
 
 
@@ -81,7 +82,8 @@ def test_gradient_goes_to_the_main_gradient():
     x, weight = torch.nn.Parameter(x), torch.nn.Parameter(weight)
     weight.main_grad, weight.grad_added_to_main_grad = torch.full_like(weight.data, 3.0), False
     for tied in (False, True):
-        weight.zero_out_wgrad = tied
+        if tied:
+            weight.zero_out_wgrad = True
         weight.main_grad.fill_(3)
         x.grad = weight.grad = None
         (linear_cross_entropy.linear_cross_entropy(x, weight, target, token_weight) * 0.25).backward()
@@ -120,18 +122,28 @@ def test_accumulate():
 def test_training(tied, run_flags, tmp_path):
     """The losses and the weights of a run: plain on one rank, fused on two with tensor and sequence parallelism.
 
-    Pins: a rank's part of the vocabulary taken for the whole, gradients of the hidden states of one rank only.
+    Pins: a rank's part of the vocabulary taken for the whole, gradients of the hidden states of one rank only; a shared
+    weight's gradient from the head or the embedding lost, or added twice.
     """
     shared = ["--train-iters", "6", *([] if tied else ["--untie-embeddings-and-output-weights"])]
-    parallel = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--fused-linear-cross-entropy"]
+    parallel = "--tensor-model-parallel-size 2 --sequence-parallel --fused-linear-cross-entropy".split()
+    parallel.append("--fused-embedding-gradient")
     for name, ranks, flags in (("plain", 1, []), ("fused", 2, parallel)):
         run = tmp_path / name
         train(run_flags(run, *shared, *flags), run.with_suffix(".log"), ranks)
     first, second = (np.array(list(losses(tmp_path / name).values())) for name in ("plain", "fused"))
     np.testing.assert_allclose(first, second, rtol=FP32_LAYOUTS)
     before, after = (tensors(tmp_path / name / "checkpoints") for name in ("plain", "fused"))
-    name = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
-    torch.testing.assert_close(before[name], after[name], rtol=0, atol=FP32_LAYOUTS)
+    for name in ["embedding.word_embeddings.weight"] + ["output_layer.weight"] * (not tied):
+        torch.testing.assert_close(before[name], after[name], rtol=0, atol=FP32_LAYOUTS)
+
+
+def test_another_head_is_refused():
+    """Pins a shared weight that learns from the embedding alone: Megatron's head hands autograd its gradient, which the
+    embedding's, added already, would hide."""
+    flags = Namespace(fused_swiglu_quantisation=False, fused_embedding_gradient=True, fused_linear_cross_entropy=False)
+    with pytest.raises(ValueError, match="needs --fused-linear-cross-entropy"):
+        engine.settle_speed(flags)
 
 
 def interpreted(program: str) -> str:

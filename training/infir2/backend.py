@@ -9,7 +9,7 @@ On a CPU Megatron 0.19.2 still asks `torch.cuda` for devices, streams, events an
 those questions with CPU equivalents, and `CudaToCpu` turns every request for a "cuda" tensor into one for a CPU tensor.
 Nothing is pretended about the arithmetic: kernels, collectives (gloo) and checkpoints are the real ones.
 
-Each patched attribute is a row of `TORCH_ON_CPU`, `MEGATRON_ON_CPU`, `BY_FLAG_ON_GPU` or `MEGATRON`;
+Each patched attribute is a row of `TORCH_ON_CPU`, `MEGATRON_ON_CPU`, `BY_FLAG`, `BY_FLAG_ON_GPU` or `MEGATRON`;
 tests/test_backend.py checks that every one still exists in the pinned releases, so an upgrade cannot turn a patch into
 a silent no-op (TransformerEngine's is not there on a CPU: tests/gpu/test_speed.py needs its patch to be called).
 """
@@ -49,6 +49,7 @@ FUSED_SWIGLU = "--fused-swiglu-quantisation"
 DEEP_GEMM = "--deep-gemm"
 FLASH_ATTENTION = "--flash-attention-4"
 FUSED_QKV_ROPE = "--fused-qkv-rope"
+FUSED_EMBEDDING = "--fused-embedding-gradient"
 
 
 def name() -> str:
@@ -81,8 +82,8 @@ def install() -> str:
     elif FUSED_WEIGHT_GRADIENT in sys.argv:
         _stand_in_for_apex()
     _patch(MEGATRON)
-    for flag, table in BY_FLAG_ON_GPU.items():
-        if kind == "gpu" and flag in sys.argv:
+    for flag, table in (BY_FLAG | BY_FLAG_ON_GPU if kind == "gpu" else BY_FLAG).items():
+        if flag in sys.argv:
             _patch(table)
     return kind
 
@@ -321,6 +322,10 @@ def _split_rotary(original):
     return importlib.import_module("infir2.speed.split_rotary").in_place_of(original)
 
 
+def _embedding_gradient(original):
+    return importlib.import_module("infir2.speed.embedding_gradient").in_place_of(original)
+
+
 def _need(module: str, message: str) -> None:
     try:
         found = importlib.util.find_spec(module)
@@ -329,6 +334,10 @@ def _need(module: str, message: str) -> None:
     if found is None:
         raise ValueError(message)
 
+
+BY_FLAG: dict[str, dict[str, Callable[[Any], Any]]] = {
+    FUSED_EMBEDDING: {"torch.nn.functional.embedding": _embedding_gradient},
+}
 
 BY_FLAG_ON_GPU: dict[str, dict[str, Callable[[Any], Any]]] = {
     FUSED_SWIGLU: {"megatron.core.transformer.mlp.bias_swiglu_impl": _quantised_swiglu},

@@ -78,6 +78,11 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         help="add weight gradients to the FP32 ones in the GEMMs that compute them, without apex (GPU; infir2.backend)",
     )
     group.add_argument(
+        backend.FUSED_EMBEDDING,
+        action="store_true",
+        help="add the embedding's gradient to the FP32 one, row by row, instead of a whole matrix in BF16",
+    )
+    group.add_argument(
         backend.FUSED_SWIGLU,
         action="store_true",
         help="quantise SwiGLU's result and its gradient in the kernels that compute them (GPU, blockwise FP8)",
@@ -155,6 +160,11 @@ def settle_speed(args: Namespace) -> None:
         raise ValueError(
             f"{backend.FUSED_SWIGLU} is for models whose layers are all in FP8, and "
             f"{args.te_precision_config_file} names each layer's precision. Leave one of them out."
+        )
+    if args.fused_embedding_gradient and not args.fused_linear_cross_entropy:
+        raise ValueError(
+            f"{backend.FUSED_EMBEDDING} needs --fused-linear-cross-entropy: the gradient of another head that shares "
+            "the embedding's weight would be lost"
         )
     if not args.check_gradients_once:
         return

@@ -155,6 +155,10 @@ class ReinforcementLearning(engine.Stage):
         check(args)
         if args.pipeline_model_parallel_size > 1:
             raise ValueError("samples pack to different lengths, which pipeline parallelism 1 alone takes; use TP")
+        if args.fused_linear_cross_entropy:
+            raise ValueError(
+                "leave --fused-linear-cross-entropy out: it sums the tokens' losses, and each one is needed"
+            )
         if not args.calculate_per_token_loss:
             raise ValueError("pass --calculate-per-token-loss: every token of the batch weighs the same")
         if args.overlap_param_gather:

@@ -96,13 +96,13 @@ def _hand_over(weight: Tensor, dw: Tensor, factor: Tensor) -> Tensor | None:
     """Add `factor` x dw to the weight's main gradient, or return it where the weight has none.
 
     Megatron's gradient hooks want a gradient from autograd even then, whose values they do not read. A tied weight's
-    comes from the embedding, and those are added.
+    comes from the embedding.
     """
     if not hasattr(weight, "main_grad"):
         return (dw * factor).to(weight.dtype)
     weight.main_grad.addcmul_(dw, factor)
     weight.grad_added_to_main_grad = True
-    return None if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+    return None if hasattr(weight, "zero_out_wgrad") else torch.empty_like(weight)  # which only a tied one has
 
 
 def _chunk(tokens: int, vocabulary: int, elements: int) -> int:
