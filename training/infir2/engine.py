@@ -90,8 +90,7 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         backend.DEEP_GEMM,
         action="store_true",
-        help="compute linear layers in blockwise FP8 by DeepGEMM instead of cuBLAS (GPU; needs sgl-deep-gemm and nvcc; "
-        "not yet run on a GPU by us)",
+        help="compute linear layers in blockwise FP8 by DeepGEMM instead of cuBLAS (GPU; needs sgl-deep-gemm and nvcc)",
     )
     group.add_argument(
         backend.FLASH_ATTENTION,
