@@ -238,6 +238,20 @@ def test_split_rotary():
     assert interpreted(program) == "equal\n"
 
 
+@pytest.mark.parametrize("what", ["angles of keys", "a part of each head", "wider values", "FP32"])
+def test_split_rotary_leaves_the_rest(what):
+    """To TransformerEngine. Pins keys that are turned by the angles of queries, and heads that are turned whole."""
+    pytest.importorskip("triton")
+    from infir2.speed import split_rotary
+
+    qkv = torch.zeros(4, 1, 2, 40, dtype=torch.float32 if what == "FP32" else torch.bfloat16)
+    angles = torch.zeros(4, 1, 1, 4 if what == "a part of each head" else 8)
+    of_keys = angles.clone() if what == "angles of keys" else angles
+    sizes = [16, 8, 16] if what == "wider values" else [24, 8, 8]
+    call = split_rotary.in_place_of(lambda *args: args)
+    assert call(qkv, angles, of_keys, sizes) == (qkv, angles, of_keys, sizes)
+
+
 def test_swiglu_kernels():
     """SwiGLU and its gradient, quantised along rows and columns at once. Pins a scale of the wrong direction, the two
     halves of the gradient changed, and codes of a transpose in the wrong place.
