@@ -180,23 +180,24 @@ def test_kernels():
 
 
 @pytest.mark.parametrize("fmt", [fp8.E4M3, fp8.E5M2])
-@pytest.mark.parametrize("name", ["_swiglu", "_swiglu_gradient"])
-def test_swiglu_kernels_compile_for_hopper(name, fmt):
+@pytest.mark.parametrize("name", ["_swiglu", "_swiglu_gradient", "_rms_norm"])
+def test_quantising_kernels_compile_for_hopper(name, fmt):
     """Triton and its ptxas make machine code of them without a GPU. Pins PTX that the interpreter passes over: an
     instruction that Hopper has not, and codes of the other format."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from infir2.speed import swiglu_kernels
+    from infir2.speed import quantising_kernels
 
-    kernel = getattr(swiglu_kernels, name)
+    kernel = getattr(quantising_kernels, name)
     constants = ("E5M2", "LARGEST", "EXPONENT", "OVERFLOW", "POWER_OF_TWO", "SIZE")
-    constexprs = dict(zip(constants, swiglu_kernels._rule(fmt.dtype, power_of_two=True), strict=True))
+    constexprs = dict(zip(constants, quantising_kernels._rule(fmt.dtype, power_of_two=True), strict=True))
     types = {"x": "*bf16", "dy": "*bf16", "words": "*i32", "tokens": "i32", "features": "i32"}
+    types |= {"inverse": "*fp32", "weight": "*bf16", "columns": "i32"}
     types |= {"codes": "*fp8e5" if fmt is fp8.E5M2 else "*fp8e4nv", "scale_inv": "*fp32"}
     types |= {"transposed_scale_inv": "*fp32"} | dict.fromkeys(constants, "constexpr")
     source = triton.compiler.ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constexprs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=swiglu_kernels._OPTIONS)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=quantising_kernels._OPTIONS)
     assert len(compiled.asm["cubin"]) > 10_000
     wanted, other = ("e5m2x2", "e4m3x2") if fmt is fp8.E5M2 else ("e4m3x2", "e5m2x2")
     assert f"cvt.rn.satfinite.{wanted}.f32" in compiled.asm["ptx"]
@@ -252,9 +253,9 @@ def test_split_rotary_leaves_the_rest(what):
     assert call(qkv, angles, of_keys, sizes) == (qkv, angles, of_keys, sizes)
 
 
-def test_swiglu_kernels():
-    """SwiGLU and its gradient, quantised along rows and columns at once. Pins a scale of the wrong direction, the two
-    halves of the gradient changed, and codes of a transpose in the wrong place.
+def test_quantising_kernels():
+    """SwiGLU, its gradient and RMSNorm, quantised along rows and columns at once. Pins a scale of the wrong direction,
+    the two halves of the gradient changed, and codes of a transpose in the wrong place.
 
     The interpreter cuts BF16 off instead of rounding it, so the reference is cut off too, and loses carries where it
     rounds to FP8, so rows are compared before they are rounded, and of the transpose most codes.
@@ -264,7 +265,7 @@ def test_swiglu_kernels():
         import itertools, torch
         from dataclasses import replace
         from infir2 import fp8
-        from infir2.speed import swiglu_kernels as kernels
+        from infir2.speed import quantising_kernels as kernels
 
         def cut(x):
             return (x.view(torch.int32) & -65536).view(torch.float32).bfloat16()
@@ -301,6 +302,10 @@ def test_swiglu_kernels():
             compare(kernels.swiglu(x, *arguments), cut(gate * sigmoid * value), fmt, scale_fmt)
             halves = dy.float() * value * sigmoid * (1 + gate * (1 - sigmoid)), dy.float() * gate * sigmoid
             compare(kernels.swiglu_gradient(dy, x, *arguments), cut(torch.cat(halves, 1)), fmt, scale_fmt)
+            weight = torch.randn(768, generator=random)
+            found, inverse = kernels.rms_norm(x, weight, 1e-6, *arguments)
+            torch.testing.assert_close(inverse, (x.float().square().mean(1) + 1e-6) ** -0.5, rtol=1e-6, atol=0)
+            compare(found, cut(x.float() * inverse[:, None] * weight), fmt, scale_fmt)
         print("equal")
     """
     output = interpreted(program)

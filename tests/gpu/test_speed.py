@@ -142,11 +142,11 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("scale_fmt", fp8.SCALE_FORMATS)
 @pytest.mark.parametrize("fmt", [fp8.E4M3, fp8.E5M2])
-def test_swiglu_kernels(fmt, scale_fmt):
+def test_quantising_kernels(fmt, scale_fmt):
     """Codes and scales of infir2.fp8 from the same BF16 numbers, zeros and the smallest among them. Those may differ in
     a last bit where exp does, and so may one code in a thousand; more would be another rule. What is no number stays
     none: a saturated code would hide it from the gradient norm."""
-    from infir2.speed import swiglu_kernels
+    from infir2.speed import quantising_kernels
 
     random = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(512, 1024, generator=random, device="cuda").bfloat16()
@@ -156,7 +156,7 @@ def test_swiglu_kernels(fmt, scale_fmt):
     y = swiglu(leaf)
     y.backward(dy.float())
     arguments = fmt.dtype, scale_fmt == "pow2"
-    found = swiglu_kernels.swiglu(x, *arguments), swiglu_kernels.swiglu_gradient(dy, x, *arguments)
+    found = quantising_kernels.swiglu(x, *arguments), quantising_kernels.swiglu_gradient(dy, x, *arguments)
     for one, wanted in zip(found, (y.detach().bfloat16(), leaf.grad.bfloat16()), strict=True):
         for codes, scale_inv, tensor in ((*one.parts[:2], wanted), (*one.parts[2:], wanted.t().contiguous())):
             right, scales = fp8.quantize(tensor, fp8.ROW, fmt=fmt, scale_fmt=scale_fmt)
@@ -164,15 +164,15 @@ def test_swiglu_kernels(fmt, scale_fmt):
             same = (scale_inv.t() == scales).repeat_interleave(128, 1)
             assert (codes.view(torch.uint8) != right.view(torch.uint8))[same].float().mean() < 0.001
     x[7, 3], x[8, 4] = torch.nan, torch.inf
-    for one in (swiglu_kernels.swiglu(x, *arguments), swiglu_kernels.swiglu_gradient(dy, x, *arguments)):
+    for one in (quantising_kernels.swiglu(x, *arguments), quantising_kernels.swiglu_gradient(dy, x, *arguments)):
         for row, column in ((7, 3), (8, 4)):
             assert one.codes.float()[row, column].isnan()
             assert one.transposed.float()[column, row].isnan()
 
 
-def test_time_of_swiglu_kernels():
+def test_time_of_quantising_kernels():
     """At 1.5B's size, beside a copy: prints bytes a second of each, those that the maths needs."""
-    from infir2.speed import swiglu_kernels
+    from infir2.speed import quantising_kernels
 
     tokens, features = 16384, 8960
     x = torch.randn(tokens, 2 * features, device="cuda").bfloat16()
@@ -180,8 +180,8 @@ def test_time_of_swiglu_kernels():
     target = torch.empty_like(x)
     calls = {
         "copy": (lambda: target.copy_(x), 8),
-        "forward": (lambda: swiglu_kernels.swiglu(x, torch.float8_e4m3fn, True), 6),
-        "backward": (lambda: swiglu_kernels.swiglu_gradient(dy, x, torch.float8_e4m3fn, True), 10),
+        "forward": (lambda: quantising_kernels.swiglu(x, torch.float8_e4m3fn, True), 6),
+        "backward": (lambda: quantising_kernels.swiglu_gradient(dy, x, torch.float8_e4m3fn, True), 10),
     }
     found = {name: milliseconds(call) for name, (call, _) in calls.items()}
     rates = {name: tokens * features * calls[name][1] / ms / 1e6 for name, ms in found.items()}
@@ -231,6 +231,31 @@ def test_swiglu_between_fp8_layers():
     print(json.dumps(row))
     assert max(row["errors"]) < BF16_OUTPUT
     assert ours[3] <= plain[3] * 1.01
+
+
+@pytest.mark.parametrize("columns", [1536, 3584])
+def test_quantised_norm(columns):
+    """TransformerEngine's RMSNorm with a quantised result and ours: the same codes and scales but for sums in another
+    order. Pins a row's factor on another row, and a weight left out. Prints ms of both."""
+    import transformer_engine.pytorch.cpp_extensions as tex
+    from transformer_engine.pytorch import Float8BlockQuantizer
+    from transformer_engine.pytorch.constants import TE_DType
+
+    from infir2.speed import quantised_norm
+
+    torch.manual_seed(0)
+    x = (torch.randn(16384, columns, device="cuda") * torch.logspace(-2, 2, 16384, device="cuda")[:, None]).bfloat16()
+    weight = torch.rand(columns, device="cuda").bfloat16() + 0.5
+    quantiser = Float8BlockQuantizer(TE_DType[torch.float8_e4m3fn], rowwise=True, columnwise=True, block_scaling_dim=1)
+    arguments = (x, weight, 1e-6, None, quantiser, TE_DType[torch.bfloat16], 0, False)
+    functions = {"TransformerEngine": tex.rmsnorm_fwd, "ours": quantised_norm.in_place_of(None)}
+    (wanted, _, factors), (found, _, ours) = (function(*arguments) for function in functions.values())
+    torch.testing.assert_close(ours, factors.view(-1), rtol=1e-5, atol=0)
+    names = [f"_{way}wise_{what}" for way in ("row", "column") for what in ("data", "scale_inv")]
+    same = {one: float((getattr(found, one) == getattr(wanted, one)).float().mean()) for one in names}
+    found_ms = {name: milliseconds(functools.partial(function, *arguments)) for name, function in functions.items()}
+    print(json.dumps({"columns": columns, "same": same, "ms": found_ms}))
+    assert min(same.values()) > 0.999
 
 
 TOKENS = 16384

@@ -46,6 +46,7 @@ CPU_ARGUMENTS = (
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 FUSED_WEIGHT_GRADIENT = "--fused-weight-gradient"
 FUSED_SWIGLU = "--fused-swiglu-quantisation"
+FUSED_NORM = "--fused-norm-quantisation"
 DEEP_GEMM = "--deep-gemm"
 FLASH_ATTENTION = "--flash-attention-4"
 FUSED_QKV_ROPE = "--fused-qkv-rope"
@@ -305,6 +306,10 @@ def _quantised_swiglu(original):
     return importlib.import_module("infir2.speed.quantised_swiglu").in_place_of(original)
 
 
+def _quantised_norm(original):
+    return importlib.import_module("infir2.speed.quantised_norm").in_place_of(original)
+
+
 def _deep_gemm(original):
     _need("deep_gemm", f"{DEEP_GEMM} needs DeepGEMM, which is not installed: pip install sgl-deep-gemm")
     return importlib.import_module("infir2.speed.deep_gemm").in_place_of(original)
@@ -341,6 +346,7 @@ BY_FLAG: dict[str, dict[str, Callable[[Any], Any]]] = {
 
 BY_FLAG_ON_GPU: dict[str, dict[str, Callable[[Any], Any]]] = {
     FUSED_SWIGLU: {"megatron.core.transformer.mlp.bias_swiglu_impl": _quantised_swiglu},
+    FUSED_NORM: {"transformer_engine.pytorch.module._common.tex.rmsnorm_fwd": _quantised_norm},
     DEEP_GEMM: {"transformer_engine.pytorch.cpp_extensions.gemm.tex.generic_gemm": _deep_gemm},
     FUSED_QKV_ROPE: {"megatron.core.transformer.attention.apply_fused_qkv_rotary_pos_emb": _split_rotary},
     FLASH_ATTENTION: {

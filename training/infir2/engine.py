@@ -88,6 +88,11 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         help="quantise SwiGLU's result and its gradient in the kernels that compute them (GPU, blockwise FP8)",
     )
     group.add_argument(
+        backend.FUSED_NORM,
+        action="store_true",
+        help="quantise an RMSNorm's result in the kernel that computes it (GPU, blockwise FP8)",
+    )
+    group.add_argument(
         backend.DEEP_GEMM,
         action="store_true",
         help="compute linear layers in blockwise FP8 by DeepGEMM instead of cuBLAS (GPU; needs sgl-deep-gemm and nvcc)",

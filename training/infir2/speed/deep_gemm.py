@@ -79,9 +79,9 @@ def _weight_gradient(x: Any, gradient: Any, out: Tensor | None, accumulate: bool
 
 
 def _cublas_is_faster(outputs: int, inputs: int) -> bool:
-    """Whether a weight gradient [outputs, inputs] is one of the large ones. Of 16,384 tokens, on an H200, DeepGEMM takes
-    0.75 of cuBLAS's time for 2048 x 1536 and 1536 x 1536, 0.95 (in a step 1.01) for 1536 x 8960, 1.00 to 1.09 for five
-    larger ones."""
+    """Whether a weight gradient [outputs, inputs] is one of the large ones. Of 16,384 tokens, on an H200, DeepGEMM
+    takes 0.75 of cuBLAS's time for 2048 x 1536 and 1536 x 1536, 0.95 (in a step 1.01) for 1536 x 8960, 1.00 to 1.09
+    for five larger ones."""
     return outputs * inputs > 2**23
 
 

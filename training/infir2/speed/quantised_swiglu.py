@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infir2.speed import swiglu_kernels
-from infir2.speed.swiglu_kernels import BLOCK, Quantised
+from infir2.speed import quantising_kernels
+from infir2.speed.quantising_kernels import BLOCK, Quantised
 
 
 def in_place_of(original: Callable) -> Callable:
@@ -71,25 +71,26 @@ class _QuantisedSwiGLU(torch.autograd.Function):
     def forward(ctx, x, forward_quantiser, backward_quantiser):
         ctx.save_for_backward(x)
         ctx.quantiser = backward_quantiser
-        result = swiglu_kernels.swiglu(x.reshape(-1, x.shape[-1]), *_format(forward_quantiser))
-        return _te_tensor(result, (*x.shape[:-1], x.shape[-1] // 2), forward_quantiser)
+        result = quantising_kernels.swiglu(x.reshape(-1, x.shape[-1]), *kernel_format(forward_quantiser))
+        return as_te_tensor(result, (*x.shape[:-1], x.shape[-1] // 2), forward_quantiser)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1]).contiguous()
-        result = swiglu_kernels.swiglu_gradient(dy, x.reshape(-1, x.shape[-1]), *_format(ctx.quantiser))
-        return _te_tensor(result, x.shape, ctx.quantiser), None, None
+        result = quantising_kernels.swiglu_gradient(dy, x.reshape(-1, x.shape[-1]), *kernel_format(ctx.quantiser))
+        return as_te_tensor(result, x.shape, ctx.quantiser), None, None
 
 
-def _format(quantiser) -> tuple[torch.dtype, bool]:
+def kernel_format(quantiser) -> tuple[torch.dtype, bool]:
+    """What a kernel asks: the codes' type, and whether scales are powers of two."""
     from transformer_engine.pytorch.constants import TE_DType_To_Torch
 
     return TE_DType_To_Torch[quantiser.dtype], quantiser.force_pow_2_scales
 
 
-def _te_tensor(result: Quantised, shape: tuple[int, ...], quantiser) -> Tensor:
+def as_te_tensor(result: Quantised, shape: tuple[int, ...], quantiser) -> Tensor:
     """TransformerEngine's tensor of the logical shape; its column-wise data are the transpose."""
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
 
