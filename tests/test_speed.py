@@ -555,6 +555,26 @@ def test_flash_attention_leaves_the_rest(what):
     assert forward(attention, *inputs, None, mask, **options) == ((attention, *inputs, None, mask), options)
 
 
+@pytest.mark.parametrize("what", ["plain", "2D", "one way", "epsilon", "rows", "zero-centred", "out", "FP32"])
+def test_quantised_norm_leaves_the_rest(what):
+    """To TransformerEngine, with all its arguments. Pins a weight taken for itself where one is to be added, half of
+    what was asked for, and rows that are no whole blocks."""
+    pytest.importorskip("triton")
+    from infir2.speed import quantised_norm
+
+    x = torch.zeros(192 if what == "rows" else 128, 256, dtype=torch.float32 if what == "FP32" else torch.bfloat16)
+    quantiser = SimpleNamespace(
+        block_scaling_dim=2 if what == "2D" else 1,
+        rowwise_usage=True,
+        columnwise_usage=what != "one way",
+        amax_epsilon=1e-9 if what == "epsilon" else 0.0,
+    )
+    out, quantiser = x if what == "out" else None, None if what == "plain" else quantiser
+    arguments = (x, torch.ones(256), 1e-6, out, quantiser, "bf16", 0, what == "zero-centred")
+    found = quantised_norm.in_place_of(lambda *args: args)(*arguments)
+    assert all(one is other for one, other in zip(found, arguments, strict=True))
+
+
 def test_gradients_are_checked_once(run_flags, tmp_path):
     """The same weights to the bit; weights that explode end the run before a step makes them NaN. Pins a check that was
     switched off and not replaced, and a broken step that is saved."""

@@ -33,4 +33,5 @@ def _applies(x: Tensor, quantiser: Any) -> bool:
     one_dimensional = getattr(quantiser, "block_scaling_dim", None) == 1
     if not one_dimensional or not (quantiser.rowwise_usage and quantiser.columnwise_usage) or quantiser.amax_epsilon:
         return False
-    return x.dtype == torch.bfloat16 and x.is_contiguous() and not (x.shape[-1] % BLOCK or x.numel() % BLOCK**2)
+    columns = x.shape[-1]
+    return x.dtype == torch.bfloat16 and x.is_contiguous() and not (columns % BLOCK or x.numel() // columns % BLOCK)
