@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import weakref
 from argparse import Namespace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -141,7 +142,12 @@ def test_training(tied, run_flags, tmp_path):
 def test_another_head_is_refused():
     """Pins a shared weight that learns from the embedding alone: Megatron's head hands autograd its gradient, which the
     embedding's, added already, would hide."""
-    flags = Namespace(fused_swiglu_quantisation=False, fused_embedding_gradient=True, fused_linear_cross_entropy=False)
+    flags = Namespace(
+        fused_swiglu_quantisation=False,
+        recompute_swiglu=False,
+        fused_embedding_gradient=True,
+        fused_linear_cross_entropy=False,
+    )
     with pytest.raises(ValueError, match="needs --fused-linear-cross-entropy"):
         engine.settle_speed(flags)
 
@@ -180,10 +186,18 @@ def test_kernels():
 
 
 @pytest.mark.parametrize("fmt", [fp8.E4M3, fp8.E5M2])
-@pytest.mark.parametrize("name", ["_swiglu", "_swiglu_gradient", "_rms_norm"])
-def test_quantising_kernels_compile_for_hopper(name, fmt):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("_swiglu", "_OPTIONS"),
+        ("_swiglu_gradient", "_GRADIENT_OPTIONS"),
+        ("_rms_norm", "_LIGHT_OPTIONS"),
+        ("_plain", "_LIGHT_OPTIONS"),
+    ],
+)
+def test_quantising_kernels_compile_for_hopper(name, options, fmt):
     """Triton and its ptxas make machine code of them without a GPU. Pins PTX that the interpreter passes over: an
-    instruction that Hopper has not, and codes of the other format."""
+    instruction that Hopper has not, codes of the other format, and more shared memory than Hopper's 227 KiB."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
@@ -195,10 +209,13 @@ def test_quantising_kernels_compile_for_hopper(name, fmt):
     types = {"x": "*bf16", "dy": "*bf16", "words": "*i32", "tokens": "i32", "features": "i32"}
     types |= {"inverse": "*fp32", "weight": "*bf16", "columns": "i32"}
     types |= {"codes": "*fp8e5" if fmt is fp8.E5M2 else "*fp8e4nv", "scale_inv": "*fp32"}
-    types |= {"transposed_scale_inv": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    constexprs |= {"ROWS": True, "COLUMNS": True, "STEPS": 9, "STAGES": quantising_kernels._STAGES}
+    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
+    types |= {"transposed_scale_inv": "*fp32"} | dict.fromkeys(constexprs, "constexpr")
     source = triton.compiler.ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constexprs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=quantising_kernels._OPTIONS)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=getattr(quantising_kernels, options))
     assert len(compiled.asm["cubin"]) > 10_000
+    assert compiled.metadata.shared <= 227 * 1024
     wanted, other = ("e5m2x2", "e4m3x2") if fmt is fp8.E5M2 else ("e4m3x2", "e5m2x2")
     assert f"cvt.rn.satfinite.{wanted}.f32" in compiled.asm["ptx"]
     assert other not in compiled.asm["ptx"]
@@ -254,8 +271,8 @@ def test_split_rotary_leaves_the_rest(what):
 
 
 def test_quantising_kernels():
-    """SwiGLU, its gradient and RMSNorm, quantised along rows and columns at once. Pins a scale of the wrong direction,
-    the two halves of the gradient changed, and codes of a transpose in the wrong place.
+    """SwiGLU, its gradient, RMSNorm and a plain tensor, quantised along rows and columns at once. Pins a scale of the
+    wrong direction, the two halves of the gradient changed, and codes of a transpose in the wrong place.
 
     The interpreter cuts BF16 off instead of rounding it, so the reference is cut off too, and loses carries where it
     rounds to FP8, so rows are compared before they are rounded, and of the transpose most codes.
@@ -272,9 +289,9 @@ def test_quantising_kernels():
 
         empty = kernels.Quantised.empty
 
-        def with_rows_in_fp32(tokens, features, dtype, device):
-            out = empty(tokens, features, dtype, device)
-            return replace(out, codes=out.codes.float())
+        def with_rows_in_fp32(*arguments):
+            out = empty(*arguments)
+            return out if out.codes is None else replace(out, codes=out.codes.float())
 
         kernels.Quantised.empty = with_rows_in_fp32
 
@@ -299,17 +316,55 @@ def test_quantising_kernels():
             gate, value = x.float().chunk(2, 1)
             sigmoid = 1 / (1 + torch.exp(-gate))
             arguments = fmt.dtype, scale_fmt == "pow2"
-            compare(kernels.swiglu(x, *arguments), cut(gate * sigmoid * value), fmt, scale_fmt)
+            both = kernels.swiglu(x, *arguments)
+            compare(both, cut(gate * sigmoid * value), fmt, scale_fmt)
+            for ways, kept in (({"columns": False}, slice(0, 2)), ({"rows": False}, slice(2, 4))):
+                alone = kernels.swiglu(x, *arguments, **ways)
+                assert sum(part is not None for part in alone.parts) == 2
+                for one, other in zip(alone.parts[kept], both.parts[kept], strict=True):
+                    assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
             halves = dy.float() * value * sigmoid * (1 + gate * (1 - sigmoid)), dy.float() * gate * sigmoid
             compare(kernels.swiglu_gradient(dy, x, *arguments), cut(torch.cat(halves, 1)), fmt, scale_fmt)
             weight = torch.randn(768, generator=random)
             found, inverse = kernels.rms_norm(x, weight, 1e-6, *arguments)
             torch.testing.assert_close(inverse, (x.float().square().mean(1) + 1e-6) ** -0.5, rtol=1e-6, atol=0)
             compare(found, cut(x.float() * inverse[:, None] * weight), fmt, scale_fmt)
+            compare(kernels.quantise(x, *arguments), x, fmt, scale_fmt)
         print("equal")
     """
     output = interpreted(program)
     assert output.splitlines()[-1] == "equal", output
+
+
+def test_columns_are_computed_again():
+    """A layer that is handed a tensor with `columns_again` keeps that call, not the tensor, and its backward pass gets
+    what the call gives; other inputs and the weight are kept as they are. Pins a weight's gradient from a tensor that
+    has no columns, and a tensor kept all the same."""
+    pytest.importorskip("triton")
+    from infir2.speed import quantised_swiglu
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x @ weight
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, weight = ctx.saved_tensors
+            return dy @ weight.t(), x.t() @ dy
+
+    random = torch.Generator().manual_seed(0)
+    leaf, again, weight = (torch.randn(3, 3, generator=random).requires_grad_() for _ in range(3))
+    x = leaf * 2
+    x.columns_again = lambda: again.detach()
+    kept = weakref.ref(x)
+    y = quantised_swiglu._keeping_less(Product.apply)(x, weight)
+    del x
+    assert kept() is None
+    dx, dw = torch.autograd.grad(y.sum(), [leaf, weight])
+    torch.testing.assert_close(dw, again.t() @ torch.ones(3, 3))
+    torch.testing.assert_close(dx, 2 * torch.ones(3, 3) @ weight.t())
 
 
 class Blockwise:
@@ -556,11 +611,11 @@ def test_flash_attention_leaves_the_rest(what):
 
 
 @pytest.mark.parametrize("what", ["plain", "2D", "one way", "epsilon", "rows", "zero-centred", "out", "FP32"])
-def test_quantised_norm_leaves_the_rest(what):
+def test_quantisation_leaves_the_rest(what):
     """To TransformerEngine, with all its arguments. Pins a weight taken for itself where one is to be added, half of
     what was asked for, and rows that are no whole blocks."""
     pytest.importorskip("triton")
-    from infir2.speed import quantised_norm
+    from infir2.speed import te_quantisation
 
     x = torch.zeros(192 if what == "rows" else 128, 256, dtype=torch.float32 if what == "FP32" else torch.bfloat16)
     quantiser = SimpleNamespace(
@@ -571,8 +626,10 @@ def test_quantised_norm_leaves_the_rest(what):
     )
     out, quantiser = x if what == "out" else None, None if what == "plain" else quantiser
     arguments = (x, torch.ones(256), 1e-6, out, quantiser, "bf16", 0, what == "zero-centred")
-    found = quantised_norm.in_place_of(lambda *args: args)(*arguments)
+    found = te_quantisation.norm_in_place_of(lambda *args: args)(*arguments)
     assert all(one is other for one, other in zip(found, arguments, strict=True))
+    if what in ("2D", "one way", "epsilon", "rows", "FP32"):
+        assert te_quantisation.quantiser_in_place_of(lambda *args: args)(quantiser, x) == (quantiser, x)
 
 
 def test_gradients_are_checked_once(run_flags, tmp_path):

@@ -70,7 +70,8 @@ STOCK = ("--no-gradient-accumulation-fusion",)
 NATIVE = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native")
 OURS = ("--fused-linear-cross-entropy", "--fused-weight-gradient", "--check-gradients-once")
 SWIGLU, GRAPHS, DEEP_GEMM = ("--fused-swiglu-quantisation",), ("--cuda-graph-impl", "local"), ("--deep-gemm",)
-FASTER = ("--flash-attention-4", "--fused-qkv-rope")  # not on in the scripts
+FASTER = ("--flash-attention-4", "--fused-qkv-rope", "--fused-embedding-gradient")  # not on in the scripts
+FASTER_FP8 = (*OURS, *SWIGLU, *DEEP_GEMM, "--fused-norm-quantisation", "--fast-quantisation", *FASTER)
 ARMS = {
     "stock-bf16": Arm("bf16", STOCK),
     "stock-bf16-ce": Arm("bf16", (*STOCK, *NATIVE)),
@@ -85,9 +86,11 @@ ARMS = {
     "bf16-graphs": Arm("bf16", (*OURS, *GRAPHS)),
     "fp8-graphs": Arm("fp8", (*OURS, *SWIGLU, *GRAPHS)),
     "bf16-faster": Arm("bf16", (*OURS, *FASTER)),
-    "fp8-faster": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM, *FASTER)),
+    "fp8-faster": Arm("fp8", FASTER_FP8),
+    "fp8-faster-recompute": Arm("fp8", (*FASTER_FP8, "--recompute-swiglu")),
     "bf16-faster-graphs": Arm("bf16", (*OURS, *FASTER, *GRAPHS)),
-    "fp8-faster-graphs": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM, *FASTER, *GRAPHS)),
+    "fp8-faster-graphs": Arm("fp8", (*FASTER_FP8, *GRAPHS)),
+    "fp8-faster-recompute-graphs": Arm("fp8", (*FASTER_FP8, "--recompute-swiglu", *GRAPHS)),
     "fp8-deep-gemm": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM)),
     "stock-bf16-ce-flash": Arm("bf16", (*STOCK, *NATIVE, "--flash-attention-4")),
     "fp8-without-swiglu": Arm("fp8", OURS),

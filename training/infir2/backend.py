@@ -46,7 +46,9 @@ CPU_ARGUMENTS = (
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 FUSED_WEIGHT_GRADIENT = "--fused-weight-gradient"
 FUSED_SWIGLU = "--fused-swiglu-quantisation"
+RECOMPUTE_SWIGLU = "--recompute-swiglu"
 FUSED_NORM = "--fused-norm-quantisation"
+FAST_QUANTISATION = "--fast-quantisation"
 DEEP_GEMM = "--deep-gemm"
 FLASH_ATTENTION = "--flash-attention-4"
 FUSED_QKV_ROPE = "--fused-qkv-rope"
@@ -303,11 +305,16 @@ def _refuse_broken_gradients(original):
 
 
 def _quantised_swiglu(original):
-    return importlib.import_module("infir2.speed.quantised_swiglu").in_place_of(original)
+    module = importlib.import_module("infir2.speed.quantised_swiglu")
+    return module.in_place_of(original, recompute=RECOMPUTE_SWIGLU in sys.argv)
 
 
 def _quantised_norm(original):
-    return importlib.import_module("infir2.speed.quantised_norm").in_place_of(original)
+    return importlib.import_module("infir2.speed.te_quantisation").norm_in_place_of(original)
+
+
+def _fast_quantiser(original):
+    return importlib.import_module("infir2.speed.te_quantisation").quantiser_in_place_of(original)
 
 
 def _deep_gemm(original):
@@ -347,6 +354,9 @@ BY_FLAG: dict[str, dict[str, Callable[[Any], Any]]] = {
 BY_FLAG_ON_GPU: dict[str, dict[str, Callable[[Any], Any]]] = {
     FUSED_SWIGLU: {"megatron.core.transformer.mlp.bias_swiglu_impl": _quantised_swiglu},
     FUSED_NORM: {"transformer_engine.pytorch.module._common.tex.rmsnorm_fwd": _quantised_norm},
+    FAST_QUANTISATION: {
+        "transformer_engine.pytorch.tensor.float8_blockwise_tensor.Float8BlockQuantizer.quantize_impl": _fast_quantiser,
+    },
     DEEP_GEMM: {"transformer_engine.pytorch.cpp_extensions.gemm.tex.generic_gemm": _deep_gemm},
     FUSED_QKV_ROPE: {"megatron.core.transformer.attention.apply_fused_qkv_rotary_pos_emb": _split_rotary},
     FLASH_ATTENTION: {

@@ -88,9 +88,19 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         help="quantise SwiGLU's result and its gradient in the kernels that compute them (GPU, blockwise FP8)",
     )
     group.add_argument(
+        backend.RECOMPUTE_SWIGLU,
+        action="store_true",
+        help=f"with {backend.FUSED_SWIGLU}: compute SwiGLU's result again in the backward pass instead of keeping it",
+    )
+    group.add_argument(
         backend.FUSED_NORM,
         action="store_true",
         help="quantise an RMSNorm's result in the kernel that computes it (GPU, blockwise FP8)",
+    )
+    group.add_argument(
+        backend.FAST_QUANTISATION,
+        action="store_true",
+        help="quantise activations and gradients by our kernel instead of TransformerEngine's (GPU, blockwise FP8)",
     )
     group.add_argument(
         backend.DEEP_GEMM,
@@ -165,6 +175,8 @@ def settle_speed(args: Namespace) -> None:
             f"{backend.FUSED_SWIGLU} is for models whose layers are all in FP8, and "
             f"{args.te_precision_config_file} names each layer's precision. Leave one of them out."
         )
+    if args.recompute_swiglu and not args.fused_swiglu_quantisation:
+        raise ValueError(f"{backend.RECOMPUTE_SWIGLU} needs {backend.FUSED_SWIGLU}: only that computes it again")
     if args.fused_embedding_gradient and not args.fused_linear_cross_entropy:
         raise ValueError(
             f"{backend.FUSED_EMBEDDING} needs --fused-linear-cross-entropy: the gradient of another head that shares "

@@ -5,37 +5,70 @@ are not in blockwise FP8, or a shape has no whole tiles, Megatron's own function
 
 fc2 takes the quantised tensor as its input, fc1 as the gradient of its output. TransformerEngine lets go of a row-wise
 copy only of inputs that it quantised itself; `attach` does it for ours, or 1.5B's layers would keep 4 GB more.
+
+By --recompute-swiglu fc2 keeps nothing of its input: the column-wise copy, which its weight's gradient takes, is
+computed in the backward pass from what SwiGLU keeps anyway. The same codes; a byte less for each element.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from infir2.speed import quantising_kernels
-from infir2.speed.quantising_kernels import BLOCK, Quantised
+from infir2.speed.quantising_kernels import BLOCK
+from infir2.speed.te_quantisation import as_te_tensor, kernel_format
 
 
-def in_place_of(original: Callable) -> Callable:
+def in_place_of(original: Callable, recompute: bool = False) -> Callable:
     """A `bias_swiglu_impl` that quantises where it can."""
 
     def bias_swiglu_impl(x, bias, fp8_input_store=False, cpu_offload_input=False):
         if bias is not None or fp8_input_store or cpu_offload_input or not _applies(x):
             return original(x, bias, fp8_input_store, cpu_offload_input)
-        return _QuantisedSwiGLU.apply(x, *_quantisers())
+        forward_quantiser, backward_quantiser = _quantisers()
+        result = _QuantisedSwiGLU.apply(x, forward_quantiser, backward_quantiser, not recompute)
+        if recompute:
+            result.columns_again = functools.partial(_quantised, x.detach(), forward_quantiser, rows=False)
+        return result
 
     return bias_swiglu_impl
 
 
 def attach(models: list) -> list:
-    """Have each fc2 let go of what its backward pass does not read."""
+    """Have each fc2 keep no more of its input than its backward pass reads."""
     for model in models:
         for name, module in model.named_modules():
             if name.endswith("linear_fc2"):
-                module.register_forward_hook(_release)
+                module.forward = _keeping_less(module.forward)
     return models
+
+
+def _keeping_less(forward: Callable) -> Callable:
+    def forward_and_let_go(x, *args, **kwargs):
+        if hasattr(x, "columns_again"):
+            with saved_tensors_hooks(lambda one: getattr(one, "columns_again", one), _unpacked):
+                return forward(x, *args, **kwargs)
+        result = forward(x, *args, **kwargs)
+        if torch.is_grad_enabled() and _is_blockwise(x):
+            x.update_usage(rowwise_usage=False, columnwise_usage=True)
+        return result
+
+    return forward_and_let_go
+
+
+def _unpacked(kept: Any) -> Tensor:
+    return kept() if callable(kept) and not isinstance(kept, Tensor) else kept
+
+
+def _is_blockwise(x: Any) -> bool:
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
+
+    return isinstance(x, Float8BlockwiseQTensor)
 
 
 def _applies(x: Tensor) -> bool:
@@ -65,14 +98,13 @@ def _quantisers() -> tuple[Any, Any]:
 
 
 class _QuantisedSwiGLU(torch.autograd.Function):
-    """x [..., 2F] to a quantised [..., F]; the gradient of x is quantised too."""
+    """x [..., 2F] to a quantised [..., F], along its columns too if asked for; the gradient of x is quantised too."""
 
     @staticmethod
-    def forward(ctx, x, forward_quantiser, backward_quantiser):
+    def forward(ctx, x, forward_quantiser, backward_quantiser, columns):
         ctx.save_for_backward(x)
         ctx.quantiser = backward_quantiser
-        result = quantising_kernels.swiglu(x.reshape(-1, x.shape[-1]), *kernel_format(forward_quantiser))
-        return as_te_tensor(result, (*x.shape[:-1], x.shape[-1] // 2), forward_quantiser)
+        return _quantised(x, forward_quantiser, columns=columns)
 
     @staticmethod
     @once_differentiable
@@ -80,35 +112,9 @@ class _QuantisedSwiGLU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1]).contiguous()
         result = quantising_kernels.swiglu_gradient(dy, x.reshape(-1, x.shape[-1]), *kernel_format(ctx.quantiser))
-        return as_te_tensor(result, x.shape, ctx.quantiser), None, None
+        return as_te_tensor(result, x.shape, ctx.quantiser), None, None, None
 
 
-def kernel_format(quantiser) -> tuple[torch.dtype, bool]:
-    """What a kernel asks: the codes' type, and whether scales are powers of two."""
-    from transformer_engine.pytorch.constants import TE_DType_To_Torch
-
-    return TE_DType_To_Torch[quantiser.dtype], quantiser.force_pow_2_scales
-
-
-def as_te_tensor(result: Quantised, shape: tuple[int, ...], quantiser) -> Tensor:
-    """TransformerEngine's tensor of the logical shape; its column-wise data are the transpose."""
-    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
-
-    return Float8BlockwiseQTensor(
-        shape=shape,
-        dtype=torch.bfloat16,
-        rowwise_data=result.codes.view(torch.uint8).view(shape),
-        rowwise_scale_inv=result.scale_inv,
-        columnwise_data=result.transposed.view(torch.uint8).view(shape[-1], *shape[:-1]),
-        columnwise_scale_inv=result.transposed_scale_inv,
-        fp8_dtype=quantiser.dtype,
-        quantizer=quantiser,
-        is_2D_scaled=False,
-    )
-
-
-def _release(module, inputs, output) -> None:
-    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
-
-    if isinstance(inputs[0], Float8BlockwiseQTensor) and torch.is_grad_enabled():
-        inputs[0].update_usage(rowwise_usage=False, columnwise_usage=True)
+def _quantised(x: Tensor, quantiser: Any, **ways: bool) -> Tensor:
+    result = quantising_kernels.swiglu(x.reshape(-1, x.shape[-1]), *kernel_format(quantiser), **ways)
+    return as_te_tensor(result, (*x.shape[:-1], x.shape[-1] // 2), quantiser)

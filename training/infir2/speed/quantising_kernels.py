@@ -1,4 +1,4 @@
-"""Triton kernels that quantise what they compute: SwiGLU, its gradient, RMSNorm.
+"""Triton kernels that quantise what they compute: SwiGLU, its gradient, RMSNorm; and one that quantises alone.
 
 Apart, the result is written in BF16 and read again: at 1.5B a tenth of a training step is spent on SwiGLU so. What they
 write is TransformerEngine's layout: codes along rows with their scales transposed, and the transpose's codes.
@@ -16,6 +16,7 @@ maximum is then one instruction for two, and the transpose moves four codes as o
 by one on a slow unit and transposes byte by byte; it needed 1.7 times as long.
 """
 
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -27,49 +28,72 @@ from torch import Tensor
 
 BLOCK = 128
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # on a CPU, without the PTX below
-_OPTIONS = {"num_warps": 8, "maxnreg": 128}  # two programs on a multiprocessor: one loads while the other computes
+# Each the fastest measured. SwiGLU: two programs on a multiprocessor, one loads while the other computes. Its gradient:
+# one program, which copies its next tiles into shared memory meanwhile. Where there is less to compute: threads that
+# have more of a tile each.
+_OPTIONS = {"num_warps": 8, "maxnreg": 128}
+_GRADIENT_OPTIONS, _STAGES = {"num_warps": 8}, 3
+_LIGHT_OPTIONS = {"num_warps": 4}
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A [T, F] tensor, quantised along its rows and along its columns."""
+    """A [T, F] tensor, quantised along its rows and along its columns, or one of them."""
 
-    codes: Tensor  # [T, F], FP8
-    scale_inv: Tensor  # FP32 [F / 128, T]
-    transposed: Tensor  # FP8 [F, T]
-    transposed_scale_inv: Tensor  # FP32 [T / 128, F]
+    codes: Tensor | None  # [T, F], FP8
+    scale_inv: Tensor | None  # FP32 [F / 128, T]
+    transposed: Tensor | None  # FP8 [F, T]
+    transposed_scale_inv: Tensor | None  # FP32 [T / 128, F]
 
     @classmethod
-    def empty(cls, tokens: int, features: int, dtype: torch.dtype, device: torch.device) -> "Quantised":
+    def empty(
+        cls,
+        tokens: int,
+        features: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: bool = True,
+        columns: bool = True,
+    ) -> "Quantised":
+        def part(wanted: bool, *shape: int, dtype: torch.dtype) -> Tensor | None:
+            return torch.empty(shape, dtype=dtype, device=device) if wanted else None
+
         return cls(
-            torch.empty(tokens, features, dtype=dtype, device=device),
-            torch.empty(features // BLOCK, tokens, dtype=torch.float32, device=device),
-            torch.empty(features, tokens, dtype=dtype, device=device),
-            torch.empty(tokens // BLOCK, features, dtype=torch.float32, device=device),
+            part(rows, tokens, features, dtype=dtype),
+            part(rows, features // BLOCK, tokens, dtype=torch.float32),
+            part(columns, features, tokens, dtype=dtype),
+            part(columns, tokens // BLOCK, features, dtype=torch.float32),
         )
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parts(self) -> tuple[Tensor | None, ...]:
         return self.codes, self.scale_inv, self.transposed, self.transposed_scale_inv
 
 
-def swiglu(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> Quantised:
-    """x: BF16 [T, 2F], contiguous, the gate's columns first; T and F multiples of 128. The result is [T, F]."""
-    tokens, features = _checked(x)
-    out = Quantised.empty(tokens, features, dtype, x.device)
+def swiglu(x: Tensor, dtype: torch.dtype, power_of_two: bool, rows: bool = True, columns: bool = True) -> Quantised:
+    """x: BF16 [T, 2F], contiguous, the gate's columns first; T and F multiples of 128. The result is [T, F], quantised
+    along its rows, its columns or both."""
+    tokens, both = _checked(x, 2 * BLOCK)
+    features = both // 2
+    out = Quantised.empty(tokens, features, dtype, x.device, rows, columns)
     grid = features // BLOCK, tokens // BLOCK
-    _swiglu[grid](x, *_pointers(out), tokens, features, *_rule(dtype, power_of_two), **_OPTIONS)
+    _swiglu[grid](x, *_pointers(out), tokens, features, *_rule(dtype, power_of_two), rows, columns, **_OPTIONS)
     return out
 
 
 def swiglu_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, power_of_two: bool) -> Quantised:
     """The gradient of x, [T, 2F], from that of the result; dy: BF16 [T, F], contiguous."""
-    tokens, features = _checked(x)
+    tokens, both = _checked(x, 2 * BLOCK)
+    features = both // 2
     if dy.shape != (tokens, features) or dy.dtype != torch.bfloat16 or not dy.is_contiguous():
         raise ValueError(f"dy must be contiguous BF16 [{tokens}, {features}]; found {dy.dtype} {tuple(dy.shape)}")
     out = Quantised.empty(tokens, 2 * features, dtype, x.device)
-    grid = features // BLOCK, tokens // BLOCK
-    _swiglu_gradient[grid](dy, x, *_pointers(out), tokens, features, *_rule(dtype, power_of_two), **_OPTIONS)
+    tiles = tokens // BLOCK * (features // BLOCK)
+    programs = min(_multiprocessors(x.device), tiles)
+    loop = math.ceil(tiles / programs), _STAGES
+    _swiglu_gradient[(programs,)](
+        dy, x, *_pointers(out), tokens, features, *_rule(dtype, power_of_two), *loop, **_GRADIENT_OPTIONS
+    )
     return out
 
 
@@ -77,30 +101,44 @@ def rms_norm(
     x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype, power_of_two: bool
 ) -> tuple[Quantised, Tensor]:
     """x: BF16 [T, K], contiguous, multiples of 128; weight [K]. The result is [T, K], and r, FP32 [T]."""
-    tokens, columns = x.shape
-    if tokens % BLOCK or columns % BLOCK or x.dtype != torch.bfloat16 or not x.is_contiguous():
-        raise ValueError(f"x must be contiguous BF16 of whole blocks of {BLOCK}; found {x.dtype} {tuple(x.shape)}")
+    tokens, columns = _checked(x, BLOCK)
     out = Quantised.empty(tokens, columns, dtype, x.device)
     inverse = torch.empty(tokens, dtype=torch.float32, device=x.device)
     _inverse_rms[(tokens // 4,)](x, inverse, epsilon, columns, 4, 512)
-    grid = columns // BLOCK, tokens // BLOCK
-    _rms_norm[grid](x, inverse, weight, *_pointers(out), tokens, columns, *_rule(dtype, power_of_two), **_OPTIONS)
+    grid, rule = (columns // BLOCK, tokens // BLOCK), _rule(dtype, power_of_two)
+    _rms_norm[grid](x, inverse, weight, *_pointers(out), tokens, columns, *rule, **_LIGHT_OPTIONS)
     return out, inverse
 
 
-def _checked(x: Tensor) -> tuple[int, int]:
+def quantise(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> Quantised:
+    """x: BF16 [T, K], contiguous, multiples of 128."""
+    tokens, columns = _checked(x, BLOCK)
+    out = Quantised.empty(tokens, columns, dtype, x.device)
+    grid, rule = (columns // BLOCK, tokens // BLOCK), _rule(dtype, power_of_two)
+    _plain[grid](x, *_pointers(out), tokens, columns, *rule, **_LIGHT_OPTIONS)
+    return out
+
+
+def _checked(x: Tensor, multiple: int) -> tuple[int, int]:
+    """Its rows and columns, these `multiple` times something."""
     tokens, columns = x.shape
-    if tokens % BLOCK or columns % (2 * BLOCK) or x.dtype != torch.bfloat16 or not x.is_contiguous():
+    if tokens % BLOCK or columns % multiple or x.dtype != torch.bfloat16 or not x.is_contiguous():
         raise ValueError(
-            f"x must be contiguous BF16 with rows a multiple of {BLOCK} and columns one of {2 * BLOCK}; found "
+            f"x must be contiguous BF16 with rows a multiple of {BLOCK} and columns one of {multiple}; found "
             f"{x.dtype} {tuple(x.shape)}, strides {x.stride()}"
         )
-    return tokens, columns // 2
+    return tokens, columns
 
 
-def _pointers(out: Quantised) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _pointers(out: Quantised) -> tuple[Tensor | None, ...]:
     """Its parts, the transpose's codes by fours."""
-    return out.codes, out.scale_inv, out.transposed.view(torch.int32), out.transposed_scale_inv
+    words = None if out.transposed is None else out.transposed.view(torch.int32)
+    return out.codes, out.scale_inv, words, out.transposed_scale_inv
 
 
 def _rule(dtype: torch.dtype, power_of_two: bool) -> tuple:
@@ -126,6 +164,8 @@ def _swiglu(
     OVERFLOW: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     row, column = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     t = row * SIZE + 4 * tl.arange(0, SIZE // 4)
@@ -134,7 +174,7 @@ def _swiglu(
     second = _pair(_product(x, t + 2, f, features), _product(x, t + 3, f, features))
     _quantise(
         first, second, row, column, codes, scale_inv, words, transposed_scale_inv, tokens, features, E5M2, LARGEST,
-        EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE,
+        EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, ROWS, COLUMNS,
     )  # fmt: skip
 
 
@@ -154,20 +194,27 @@ def _swiglu_gradient(
     OVERFLOW: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     SIZE: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    row, column = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
-    t = row * SIZE + 4 * tl.arange(0, SIZE // 4)
-    f = column * SIZE + tl.arange(0, SIZE)
-    gate_first, value_first = _pairs_of_gradients(dy, x, t, f, features)
-    gate_second, value_second = _pairs_of_gradients(dy, x, t + 2, f, features)
-    _quantise(
-        gate_first, gate_second, row, column, codes, scale_inv, words, transposed_scale_inv, tokens, 2 * features,
-        E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE,
-    )  # fmt: skip
-    _quantise(
-        value_first, value_second, row, column + features // SIZE, codes, scale_inv, words, transposed_scale_inv,
-        tokens, 2 * features, E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE,
-    )  # fmt: skip
+    """A program takes every so many of the tiles, and loads the next while it computes. What is left of the last round
+    computes the last tile too."""
+    across = features // SIZE
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        tile = tl.minimum(tl.program_id(0) + step * tl.num_programs(0), across * (tokens // SIZE) - 1)
+        row, column = (tile // across).to(tl.int64), (tile % across).to(tl.int64)
+        t = row * SIZE + 4 * tl.arange(0, SIZE // 4)
+        f = column * SIZE + tl.arange(0, SIZE)
+        gate_first, value_first = _pairs_of_gradients(dy, x, t, f, features)
+        gate_second, value_second = _pairs_of_gradients(dy, x, t + 2, f, features)
+        _quantise(
+            gate_first, gate_second, row, column, codes, scale_inv, words, transposed_scale_inv, tokens, 2 * features,
+            E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
+        )  # fmt: skip
+        _quantise(
+            value_first, value_second, row, column + across, codes, scale_inv, words, transposed_scale_inv, tokens,
+            2 * features, E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -208,8 +255,40 @@ def _rms_norm(
     second = _pair(_normalised(x, inverse, w, t + 2, f, columns), _normalised(x, inverse, w, t + 3, f, columns))
     _quantise(
         first, second, row, column, codes, scale_inv, words, transposed_scale_inv, tokens, columns, E5M2, LARGEST,
-        EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE,
+        EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
     )  # fmt: skip
+
+
+@triton.jit
+def _plain(
+    x,
+    codes,
+    scale_inv,
+    words,
+    transposed_scale_inv,
+    tokens,
+    columns,
+    E5M2: tl.constexpr,
+    LARGEST: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    OVERFLOW: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    row, column = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    t = row * SIZE + 4 * tl.arange(0, SIZE // 4)
+    f = column * SIZE + tl.arange(0, SIZE)
+    _quantise(
+        _pair_of_rows(x, t, f, columns), _pair_of_rows(x, t + 2, f, columns), row, column, codes, scale_inv, words,
+        transposed_scale_inv, tokens, columns, E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _pair_of_rows(x, t, f, columns):
+    at = x + t[:, None] * columns + f[None, :]
+    low, high = tl.load(at).to(tl.int16, bitcast=True), tl.load(at + columns).to(tl.int16, bitcast=True)
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
 
 
 @triton.jit
@@ -263,26 +342,30 @@ def _quantise(
     OVERFLOW: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Write one 128 x 128 tile of a [tokens, columns] tensor, given as two [32, 128] of pairs."""
     quarter = tl.arange(0, SIZE // 4)
     t = row * SIZE + 4 * quarter
     f = column * SIZE + tl.arange(0, SIZE)
-    one, two = _amax(_larger(first & 0x7FFF7FFF, second & 0x7FFF7FFF), 0)
-    scale, inverse = _scale(tl.maximum(one, two), LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
-    tl.store(transposed_scale_inv + row * columns + f, inverse)
-    scale = scale[None, :]
-    word = _word(_low(first) * scale, _high(first) * scale, _low(second) * scale, _high(second) * scale, E5M2)
-    place = f[:, None] * (tokens // 4) + (row * (SIZE // 4) + quarter)[None, :]
-    tl.store(words + place, tl.trans(word))
-    one, two = _amax(first, 1)
-    three, four = _amax(second, 1)
-    at = codes + t[:, None] * columns + f[None, :]
-    scales = scale_inv + column * tokens + t
-    _rows(_low(first), one, at, scales, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
-    _rows(_high(first), two, at + columns, scales + 1, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
-    _rows(_low(second), three, at + 2 * columns, scales + 2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
-    _rows(_high(second), four, at + 3 * columns, scales + 3, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
+    if COLUMNS:
+        one, two = _amax(_larger(first & 0x7FFF7FFF, second & 0x7FFF7FFF), 0)
+        scale, inverse = _scale(tl.maximum(one, two), LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
+        tl.store(transposed_scale_inv + row * columns + f, inverse)
+        scale = scale[None, :]
+        word = _word(_low(first) * scale, _high(first) * scale, _low(second) * scale, _high(second) * scale, E5M2)
+        place = f[:, None] * (tokens // 4) + (row * (SIZE // 4) + quarter)[None, :]
+        tl.store(words + place, tl.trans(word))
+    if ROWS:
+        one, two = _amax(first, 1)
+        three, four = _amax(second, 1)
+        at = codes + t[:, None] * columns + f[None, :]
+        scales = scale_inv + column * tokens + t
+        _rows(_low(first), one, at, scales, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
+        _rows(_high(first), two, at + columns, scales + 1, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
+        _rows(_low(second), three, at + 2 * columns, scales + 2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
+        _rows(_high(second), four, at + 3 * columns, scales + 3, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO)
 
 
 @triton.jit

@@ -1,0 +1,79 @@
+"""Where TransformerEngine quantises to FP8 blocks, kernels of ours instead. GPU only.
+
+    rmsnorm_fwd                         by --fused-norm-quantisation: an RMSNorm's result, quantised where it is
+                                        computed; TransformerEngine writes it in BF16 first and reads it again
+    Float8BlockQuantizer.quantize_impl  by --fast-quantisation: the same codes, by a faster kernel
+
+What is not asked for both ways round in blocks of 1 x 128, or has no whole tiles, goes on to TransformerEngine. So do
+weights, whose blocks are 128 x 128, and the norm's backward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infir2.speed import quantising_kernels
+from infir2.speed.quantising_kernels import BLOCK, Quantised
+
+
+def norm_in_place_of(original: Callable) -> Callable:
+    """A `rmsnorm_fwd` that quantises where it can."""
+
+    def rmsnorm_fwd(x, weight, epsilon, out, quantiser, out_dtype, sm_margin, zero_centered):
+        if out is not None or zero_centered or not _applies(x, quantiser):
+            return original(x, weight, epsilon, out, quantiser, out_dtype, sm_margin, zero_centered)
+        rows = x.reshape(-1, x.shape[-1])
+        result, inverse = quantising_kernels.rms_norm(rows, weight, epsilon, *kernel_format(quantiser))
+        return as_te_tensor(result, tuple(x.shape), quantiser), None, inverse
+
+    return rmsnorm_fwd
+
+
+def quantiser_in_place_of(original: Callable) -> Callable:
+    """A `quantize_impl` of the quantiser for FP8 blocks."""
+
+    def quantize_impl(self, tensor):
+        if not _applies(tensor, self):
+            return original(self, tensor)
+        result = quantising_kernels.quantise(tensor.reshape(-1, tensor.shape[-1]), *kernel_format(self))
+        return as_te_tensor(result, tuple(tensor.shape), self)
+
+    return quantize_impl
+
+
+def _applies(x: Tensor, quantiser: Any) -> bool:
+    one_dimensional = getattr(quantiser, "block_scaling_dim", None) == 1
+    if not one_dimensional or not (quantiser.rowwise_usage and quantiser.columnwise_usage) or quantiser.amax_epsilon:
+        return False
+    columns = x.shape[-1]
+    return x.dtype == torch.bfloat16 and x.is_contiguous() and not (columns % BLOCK or x.numel() // columns % BLOCK)
+
+
+def kernel_format(quantiser) -> tuple[torch.dtype, bool]:
+    """What a kernel asks: the codes' type, and whether scales are powers of two."""
+    from transformer_engine.pytorch.constants import TE_DType_To_Torch
+
+    return TE_DType_To_Torch[quantiser.dtype], quantiser.force_pow_2_scales
+
+
+def as_te_tensor(result: Quantised, shape: tuple[int, ...], quantiser) -> Any:
+    """TransformerEngine's tensor of the logical shape; its column-wise data are the transpose. Inside of a layer
+    (`quantiser.internal`) it takes its storage alone, which is no torch tensor and costs the CPU less."""
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
+    from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
+
+    codes, transposed = result.codes, result.transposed
+    parts = {
+        "rowwise_data": None if codes is None else codes.view(torch.uint8).view(shape),
+        "rowwise_scale_inv": result.scale_inv,
+        "columnwise_data": None if transposed is None else transposed.view(torch.uint8).view(shape[-1], *shape[:-1]),
+        "columnwise_scale_inv": result.transposed_scale_inv,
+        "fp8_dtype": quantiser.dtype,
+        "quantizer": quantiser,
+        "is_2D_scaled": False,
+    }
+    if quantiser.internal:
+        return Float8BlockwiseQTensorStorage(**parts, fake_dtype=torch.bfloat16)
+    return Float8BlockwiseQTensor(shape=shape, dtype=torch.bfloat16, **parts)
