@@ -47,6 +47,10 @@ NAMES = {
     "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
     "Memset (Device)": "copy",
     "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda>": ("elementwise"),
+    "_quantise_alone": "quantisation",
+    "_rms_norm": "norm",
+    "_inverse_rms": "norm",
+    "ln_tma_bwd_kernel": "norm",  # cuDNN's
 }
 
 

@@ -28,7 +28,7 @@ BY_NAME = (
     ),
     ("gemm", r"nvjet|gemm|cublas|cutlass|splitK|xmma|sm90_\w*(f8|bf16)|Kernel2"),
     ("optimizer", r"multi_tensor|Adam|adam_|L2Norm|l2norm"),
-    ("norm", r"rmsnorm|layernorm|layer_norm|ln_fwd|ln_bwd|RMSNorm|LayerNorm"),
+    ("norm", r"rmsnorm|layernorm|layer_norm|ln_\w*(fwd|bwd)|RMSNorm|LayerNorm|_rms"),
     ("rope", r"rope|rotary|_rotate"),
     ("activation", r"swiglu|silu|gated_act|gated_kernel|dgated"),
     ("cross entropy", r"cross_entropy|^_rows$"),
