@@ -36,12 +36,22 @@ def test_every_patched_attribute_exists():
     assert with_megatron("test_backend", "missing_attributes") == []
 
 
-@pytest.mark.parametrize(("make", "package"), [("_deep_gemm", "sgl-deep-gemm"), ("_flash_attention", "'flash-attn-4")])
-def test_a_missing_package_is_asked_for(make, package, monkeypatch):
+@pytest.mark.parametrize(("make", "wanted"), [("_deep_gemm", "DeepGEMM"), ("_flash_attention", "FlashAttention 4")])
+def test_a_missing_package_is_asked_for(make, wanted, monkeypatch):
     """Pins a run that stops in its first step, for want of a package, instead of before it."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=f"pip install {package}"):
+    with pytest.raises(ValueError, match=f"needs {wanted}.*LIBRARIES=0"):
         getattr(backend, make)(None)
+
+
+def test_deep_gemm_needs_a_compiler(monkeypatch):
+    """Pins the same for nvcc."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("os.path.exists", lambda name: False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    with pytest.raises(ValueError, match="nvcc"):
+        backend._deep_gemm(None)
 
 
 def test_attention_of_zeros_is_refused(tmp_path, monkeypatch):

@@ -139,6 +139,19 @@ def test_training(tied, run_flags, tmp_path):
         torch.testing.assert_close(before[name], after[name], rtol=0, atol=FP32_LAYOUTS)
 
 
+def test_embedding_gradient_under_data_parallelism(run_flags, tmp_path):
+    """Two ranks with a batch's halves, whose gradients are exchanged as they become ready, train what one rank trains.
+    Pins an embedding's gradient that is exchanged before the head's, or its own, has been added."""
+    shared = "--train-iters 6 --fused-linear-cross-entropy".split()
+    parallel = ["--overlap-grad-reduce", "--fused-embedding-gradient"]
+    for name, ranks, flags in (("one", 1, []), ("two", 2, parallel)):
+        run = tmp_path / name
+        train(run_flags(run, *shared, *flags), run.with_suffix(".log"), ranks)
+    one, two = (tensors(tmp_path / name / "checkpoints") for name in ("one", "two"))
+    name = "embedding.word_embeddings.weight"
+    torch.testing.assert_close(one[name], two[name], rtol=0, atol=FP32_LAYOUTS)
+
+
 def test_another_head_is_refused():
     """Pins a shared weight that learns from the embedding alone: Megatron's head hands autograd its gradient, which the
     embedding's, added already, would hide."""

@@ -29,11 +29,7 @@ launch_cpt() {
     take_launcher_flags "$@"
     use_backend "$NPROC"
     backend_args
-    speed_args
-    # Not for fine-tuning, whose long sequences are recomputed, and not where layers have a precision of their own.
-    if ((${#SPEED_ARGS[@]})) && [[ " ${PRECISION_ARGS[*]} " != *" --te-precision-config-file "* ]]; then
-        SPEED_ARGS+=(--fused-swiglu-quantisation)
-    fi
+    cpt_speed_args
     train_data
     log_args
     wandb_args
@@ -57,6 +53,22 @@ launch_cpt() {
     if ((TP > 1)); then args+=(--sequence-parallel); fi
     launcher
     run "${LAUNCHER[@]}" -m infir2.pretrain "${args[@]}" "${WANDB_ARGS[@]}" "${FLAGS[@]}"
+}
+
+# cpt_speed_args: what makes steps faster and was not run on fine-tuning's packed, recomputed samples. LIBRARIES=0 leaves
+# out what needs FlashAttention 4, DeepGEMM and nvcc (requirements-gpu.txt).
+cpt_speed_args() {
+    speed_args
+    ((${#SPEED_ARGS[@]})) || return 0
+    SPEED_ARGS+=(--fused-qkv-rope --fused-embedding-gradient)
+    # Not where layers have a precision of their own.
+    if [[ " ${PRECISION_ARGS[*]} " != *" --te-precision-config-file "* ]]; then
+        SPEED_ARGS+=(--fused-swiglu-quantisation)
+    fi
+    # A shared layer's kernels are short, and these take the CPU longer to launch: not measured there.
+    ((TP == 1)) || return 0
+    SPEED_ARGS+=(--fused-norm-quantisation --fast-quantisation)
+    if [[ ${LIBRARIES:-1} == 1 ]]; then SPEED_ARGS+=(--flash-attention-4 --deep-gemm); fi
 }
 
 # train_data: set TRAIN_DATA to Megatron's words for the training tokens: one prefix, or weights and prefixes of a blend.

@@ -21,6 +21,7 @@ import importlib.util
 import math
 import os
 import queue
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -318,14 +319,19 @@ def _fast_quantiser(original):
 
 
 def _deep_gemm(original):
-    _need("deep_gemm", f"{DEEP_GEMM} needs DeepGEMM, which is not installed: pip install sgl-deep-gemm")
+    _need("deep_gemm", f"{DEEP_GEMM} needs DeepGEMM, which is not installed: {_FAST_LIBRARIES}")
+    if not (shutil.which("nvcc") or os.environ.get("CUDA_HOME") or os.path.exists("/usr/local/cuda/bin/nvcc")):
+        raise ValueError(
+            f"{DEEP_GEMM} compiles its kernels with nvcc, which is not found: put CUDA 13's on PATH or set CUDA_HOME, "
+            "or leave the flag out (LIBRARIES=0 before a script)"
+        )
     return importlib.import_module("infir2.speed.deep_gemm").in_place_of(original)
 
 
 def _flash_attention(original):
     _need(
         "flash_attn.cute",
-        f"{FLASH_ATTENTION} needs FlashAttention 4, which is not installed: pip install 'flash-attn-4[cu13]'",
+        f"{FLASH_ATTENTION} needs FlashAttention 4, which is not installed: {_FAST_LIBRARIES}",
     )
     return importlib.import_module("infir2.speed.flash_attention").in_place_of(original)
 
@@ -336,6 +342,9 @@ def _split_rotary(original):
 
 def _embedding_gradient(original):
     return importlib.import_module("infir2.speed.embedding_gradient").in_place_of(original)
+
+
+_FAST_LIBRARIES = "install requirements-gpu.txt again, or leave the flag out (LIBRARIES=0 before a script)"
 
 
 def _need(module: str, message: str) -> None:
