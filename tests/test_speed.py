@@ -203,14 +203,14 @@ def test_kernels():
     ("name", "options"),
     [
         ("_swiglu", "_OPTIONS"),
-        ("_swiglu_gradient", "_GRADIENT_OPTIONS"),
+        ("_swiglu_gradient", "_OPTIONS"),
         ("_rms_norm", "_LIGHT_OPTIONS"),
         ("_quantise_alone", "_LIGHT_OPTIONS"),
     ],
 )
 def test_quantising_kernels_compile_for_hopper(name, options, fmt):
     """Triton and its ptxas make machine code of them without a GPU. Pins PTX that the interpreter passes over: an
-    instruction that Hopper has not, codes of the other format, and more shared memory than Hopper's 227 KiB."""
+    instruction that Hopper has not, and codes of the other format."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
@@ -222,13 +222,12 @@ def test_quantising_kernels_compile_for_hopper(name, options, fmt):
     types = {"x": "*bf16", "dy": "*bf16", "words": "*i32", "tokens": "i32", "features": "i32"}
     types |= {"inverse": "*fp32", "weight": "*bf16", "columns": "i32"}
     types |= {"codes": "*fp8e5" if fmt is fp8.E5M2 else "*fp8e4nv", "scale_inv": "*fp32"}
-    constexprs |= {"ROWS": True, "COLUMNS": True, "STEPS": 9, "STAGES": quantising_kernels._STAGES}
+    constexprs |= {"ROWS": True, "COLUMNS": True}
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     types |= {"transposed_scale_inv": "*fp32"} | dict.fromkeys(constexprs, "constexpr")
     source = triton.compiler.ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constexprs)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=getattr(quantising_kernels, options))
     assert len(compiled.asm["cubin"]) > 10_000
-    assert compiled.metadata.shared <= 227 * 1024
     wanted, other = ("e5m2x2", "e4m3x2") if fmt is fp8.E5M2 else ("e4m3x2", "e5m2x2")
     assert f"cvt.rn.satfinite.{wanted}.f32" in compiled.asm["ptx"]
     assert other not in compiled.asm["ptx"]

@@ -6,15 +6,15 @@
     python tools/plan.py --model models/Qwen2.5-7B --seq-length 8192
     python tools/plan.py --shape 1.5B --seq-length 8192 --micro-batch-size 2 --compare out/1.5B-8k.json
 
-Four ways to train are planned: stock Megatron with its native fused cross entropy, and ours with the switches of the
-scripts for pre-training (docs/performance.md), each in BF16 and in FP8. The largest micro-batch that fits is named for
-each. --compare sets the plan beside what tools/bench_step.py measured.
+Three ways to train are planned, each in BF16 and in FP8: stock Megatron with its native fused cross entropy; ours as
+the scripts train under tensor parallelism; and "faster", as those for pre-training train without it, with DeepGEMM and
+FlashAttention 4 (docs/performance.md). The largest micro-batch that fits is named for each. --compare sets the plan
+beside what tools/bench_step.py measured.
 
 Memory is counted: what Megatron 0.19 and TransformerEngine 2.20 keep, in bytes a parameter, a token and a logit; the
 bytes a logit are what was left over of the measured peaks of four runs of the 1.5B shape at 8k. Time is that
-measurement, scaled: each kind of kernel by its own operations or bytes. On eleven runs of other shapes, measured
-afterwards on one H200 each (with SwiGLU and quantisation apart), memory was within 4 % and time within 11 %, mostly
-below (docs/results/2026-11-22-h200-step.md); the interval of time, 15 % to both sides, holds them.
+measurement, scaled: each kind of kernel by its own operations or bytes. What of it was held against other shapes, and
+how far it was off, is in docs/performance.md; the interval of time, 15 % to both sides, holds them.
 
 Communication is that of tensor parallelism with sequence parallelism, and of data parallelism, within one host, and
 none of it hidden: its rate is a fit to two GPUs with 8 layers of 1.5B. Context parallelism's, and networks between
@@ -51,10 +51,11 @@ GPUS = {"H200": Gpu(150e9, 1.0, 1.0), "H100": Gpu(84e9, 3.35 / 4.8, 1.0), "H800"
 
 @dataclass(frozen=True)
 class Way:
-    """How to train: linear layers in FP8, and our parts of the step."""
+    """How to train: linear layers in FP8, our parts of the step, and those that are on without tensor parallelism."""
 
     fp8: bool
     ours: bool
+    faster: bool = False
 
 
 # Named as tools/bench_step.py's arms.
@@ -63,6 +64,8 @@ WAYS = {
     "stock-fp8-ce": Way(fp8=True, ours=False),
     "bf16": Way(fp8=False, ours=True),
     "fp8": Way(fp8=True, ours=True),
+    "bf16-faster": Way(fp8=False, ours=True, faster=True),
+    "fp8-faster": Way(fp8=True, ours=True, faster=True),
 }
 
 
@@ -157,6 +160,7 @@ class Rates:
     linear_fp8: float = 1085e12
     head: float = 827e12
     attention: float = 490e12
+    flash: float = 563e12  # by FlashAttention 4, which takes 0.87 of the time at that shape
     quantisation: float = 6.0e11  # elements a second
     traffic: float = 2.25e12  # bytes a second of SwiGLU, norms, RoPE and the rest
     loss_stock: float = 11.8e-12  # seconds a logit
@@ -183,9 +187,10 @@ def seconds(plan: Plan, way: Way, gpu: Gpu, rates: Rates = Rates()) -> dict[str,
     layers, tensor = plan.shape.layers, plan.tensor
     passes = 4 / 3 if plan.recompute else 1  # a forward pass more
     causal = 3.5 * 2 * plan.seq_length * queries  # operations a token and block, forward and backward
-    quantised = 4 * hidden + queries + (queries + kv)  # inputs and gradients of four layers
+    quantised = (2 if way.faster else 4) * hidden + queries + (queries + kv)  # inputs and gradients of four layers
     quantised += 0 if way.ours else 3 * ffn  # ours: in the kernels of SwiGLU, which move as many bytes as without
-    traffic = 16 * ffn + 2 * 16 * hidden + (4 if way.ours else 6) * (2 * hidden + queries + kv)
+    split = 1 if way.faster else 4 if way.ours else 6  # of qkv's output, its rotation, and other copies
+    traffic = 16 * ffn + 2 * 16 * hidden + split * (2 * hidden + queries + kv)
     loss = rates.loss_ours if way.ours else rates.loss_stock
     return {
         "linear layers": 6
@@ -195,7 +200,7 @@ def seconds(plan: Plan, way: Way, gpu: Gpu, rates: Rates = Rates()) -> dict[str,
         / tensor
         / (rates.linear_fp8 if way.fp8 else rates.linear_bf16),
         "head": 6 * plan.head * tokens / tensor / rates.head,
-        "attention": causal * tokens * layers * passes / tensor / rates.attention,
+        "attention": causal * tokens * layers * passes / tensor / (rates.flash if way.faster else rates.attention),
         "quantisation": quantised * tokens * layers * passes / tensor / rates.quantisation / gpu.bandwidth
         if way.fp8
         else 0,

@@ -16,7 +16,6 @@ maximum is then one instruction for two, and the transpose moves four codes as o
 by one on a slow unit and transposes byte by byte; it needed 1.7 times as long.
 """
 
-import functools
 import math
 import os
 from dataclasses import dataclass
@@ -28,12 +27,8 @@ from torch import Tensor
 
 BLOCK = 128
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # on a CPU, without the PTX below
-# Each the fastest measured. SwiGLU: two programs on a multiprocessor, one loads while the other computes. Its gradient:
-# one program, which copies its next tiles into shared memory meanwhile. Where there is less to compute: threads that
-# have more of a tile each.
-_OPTIONS = {"num_warps": 8, "maxnreg": 128}
-_GRADIENT_OPTIONS, _STAGES = {"num_warps": 8}, 3
-_LIGHT_OPTIONS = {"num_warps": 4}
+_OPTIONS = {"num_warps": 8, "maxnreg": 128}  # two programs on a multiprocessor: one loads while the other computes
+_LIGHT_OPTIONS = {"num_warps": 4}  # where there is less to compute: threads that have more of a tile each
 
 
 @dataclass(frozen=True)
@@ -88,12 +83,8 @@ def swiglu_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, power_of_two: boo
     if dy.shape != (tokens, features) or dy.dtype != torch.bfloat16 or not dy.is_contiguous():
         raise ValueError(f"dy must be contiguous BF16 [{tokens}, {features}]; found {dy.dtype} {tuple(dy.shape)}")
     out = Quantised.empty(tokens, 2 * features, dtype, x.device)
-    tiles = tokens // BLOCK * (features // BLOCK)
-    programs = min(_multiprocessors(x.device), tiles)
-    loop = math.ceil(tiles / programs), _STAGES
-    _swiglu_gradient[(programs,)](
-        dy, x, *_pointers(out), tokens, features, *_rule(dtype, power_of_two), *loop, **_GRADIENT_OPTIONS
-    )
+    grid = features // BLOCK, tokens // BLOCK
+    _swiglu_gradient[grid](dy, x, *_pointers(out), tokens, features, *_rule(dtype, power_of_two), **_OPTIONS)
     return out
 
 
@@ -128,11 +119,6 @@ def _checked(x: Tensor, multiple: int) -> tuple[int, int]:
             f"{x.dtype} {tuple(x.shape)}, strides {x.stride()}"
         )
     return tokens, columns
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _pointers(out: Quantised) -> tuple[Tensor | None, ...]:
@@ -194,27 +180,20 @@ def _swiglu_gradient(
     OVERFLOW: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     SIZE: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """A program takes every so many of the tiles, and loads the next while it computes. What is left of the last round
-    computes the last tile too."""
-    across = features // SIZE
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        tile = tl.minimum(tl.program_id(0) + step * tl.num_programs(0), across * (tokens // SIZE) - 1)
-        row, column = (tile // across).to(tl.int64), (tile % across).to(tl.int64)
-        t = row * SIZE + 4 * tl.arange(0, SIZE // 4)
-        f = column * SIZE + tl.arange(0, SIZE)
-        gate_first, value_first = _pairs_of_gradients(dy, x, t, f, features)
-        gate_second, value_second = _pairs_of_gradients(dy, x, t + 2, f, features)
-        _quantise(
-            gate_first, gate_second, row, column, codes, scale_inv, words, transposed_scale_inv, tokens, 2 * features,
-            E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
-        )  # fmt: skip
-        _quantise(
-            value_first, value_second, row, column + across, codes, scale_inv, words, transposed_scale_inv, tokens,
-            2 * features, E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
-        )  # fmt: skip
+    row, column = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    t = row * SIZE + 4 * tl.arange(0, SIZE // 4)
+    f = column * SIZE + tl.arange(0, SIZE)
+    gate_first, value_first = _pairs_of_gradients(dy, x, t, f, features)
+    gate_second, value_second = _pairs_of_gradients(dy, x, t + 2, f, features)
+    _quantise(
+        gate_first, gate_second, row, column, codes, scale_inv, words, transposed_scale_inv, tokens, 2 * features,
+        E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
+    )  # fmt: skip
+    _quantise(
+        value_first, value_second, row, column + features // SIZE, codes, scale_inv, words, transposed_scale_inv,
+        tokens, 2 * features, E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
+    )  # fmt: skip
 
 
 @triton.jit
