@@ -292,12 +292,6 @@ def test_fast_quantisation(columns):
     wanted, found = (function(quantiser, x) for function in functions.values())
     for name in [f"_{way}wise_{what}" for way in ("row", "column") for what in ("data", "scale_inv")]:
         assert torch.equal(getattr(found, name), getattr(wanted, name)), name
-    for way in ("row", "column"):
-        quantiser.set_usage(rowwise=way == "row", columnwise=way == "column")
-        alone = functions["ours"](quantiser, x)
-        assert torch.equal(getattr(alone, f"_{way}wise_data"), getattr(wanted, f"_{way}wise_data"))
-        assert (alone._rowwise_data is None) == (way == "column")
-    quantiser.set_usage(rowwise=True, columnwise=True)
     quantiser.internal = True
     inside = functions["ours"](quantiser, x)
     assert not isinstance(inside, torch.Tensor)

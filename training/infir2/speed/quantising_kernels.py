@@ -101,12 +101,12 @@ def rms_norm(
     return out, inverse
 
 
-def quantise(x: Tensor, dtype: torch.dtype, power_of_two: bool, rows: bool = True, columns: bool = True) -> Quantised:
-    """x: BF16 [T, K], contiguous, multiples of 128; along its rows, its columns or both."""
-    tokens, width = _checked(x, BLOCK)
-    out = Quantised.empty(tokens, width, dtype, x.device, rows, columns)
-    grid, rule = (width // BLOCK, tokens // BLOCK), _rule(dtype, power_of_two)
-    _quantise_alone[grid](x, *_pointers(out), tokens, width, *rule, rows, columns, **_LIGHT_OPTIONS)
+def quantise(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> Quantised:
+    """x: BF16 [T, K], contiguous, multiples of 128."""
+    tokens, columns = _checked(x, BLOCK)
+    out = Quantised.empty(tokens, columns, dtype, x.device)
+    grid, rule = (columns // BLOCK, tokens // BLOCK), _rule(dtype, power_of_two)
+    _quantise_alone[grid](x, *_pointers(out), tokens, columns, *rule, **_LIGHT_OPTIONS)
     return out
 
 
@@ -253,15 +253,13 @@ def _quantise_alone(
     OVERFLOW: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     row, column = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     t = row * SIZE + 4 * tl.arange(0, SIZE // 4)
     f = column * SIZE + tl.arange(0, SIZE)
     _quantise(
         _pair_of_rows(x, t, f, columns), _pair_of_rows(x, t + 2, f, columns), row, column, codes, scale_inv, words,
-        transposed_scale_inv, tokens, columns, E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, ROWS, COLUMNS,
+        transposed_scale_inv, tokens, columns, E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
     )  # fmt: skip
 
 

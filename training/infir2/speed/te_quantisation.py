@@ -4,8 +4,8 @@
                                         computed; TransformerEngine writes it in BF16 first and reads it again
     Float8BlockQuantizer.quantize_impl  by --fast-quantisation: the same codes, by a faster kernel
 
-What has no whole tiles goes on to TransformerEngine, as do blocks of 128 x 128 (weights), a norm's result that is asked
-for one way round alone, and the norm's backward pass.
+What is not asked for both ways round in blocks of 1 x 128, or has no whole tiles, goes on to TransformerEngine. So do
+weights, whose blocks are 128 x 128, and the norm's backward pass.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,7 @@ def norm_in_place_of(original: Callable) -> Callable:
     """A `rmsnorm_fwd` that quantises where it can."""
 
     def rmsnorm_fwd(x, weight, epsilon, out, quantiser, out_dtype, sm_margin, zero_centered):
-        both = quantiser is not None and quantiser.rowwise_usage and quantiser.columnwise_usage
-        if out is not None or zero_centered or not both or not _applies(x, quantiser):
+        if out is not None or zero_centered or not _applies(x, quantiser):
             return original(x, weight, epsilon, out, quantiser, out_dtype, sm_margin, zero_centered)
         rows = x.reshape(-1, x.shape[-1])
         result, inverse = quantising_kernels.rms_norm(rows, weight, epsilon, *kernel_format(quantiser))
@@ -38,15 +37,15 @@ def quantiser_in_place_of(original: Callable) -> Callable:
     def quantize_impl(self, tensor):
         if not _applies(tensor, self):
             return original(self, tensor)
-        ways = {"rows": self.rowwise_usage, "columns": self.columnwise_usage}
-        result = quantising_kernels.quantise(tensor.reshape(-1, tensor.shape[-1]), *kernel_format(self), **ways)
+        result = quantising_kernels.quantise(tensor.reshape(-1, tensor.shape[-1]), *kernel_format(self))
         return as_te_tensor(result, tuple(tensor.shape), self)
 
     return quantize_impl
 
 
 def _applies(x: Tensor, quantiser: Any) -> bool:
-    if getattr(quantiser, "block_scaling_dim", None) != 1 or quantiser.amax_epsilon:
+    one_dimensional = getattr(quantiser, "block_scaling_dim", None) == 1
+    if not one_dimensional or not (quantiser.rowwise_usage and quantiser.columnwise_usage) or quantiser.amax_epsilon:
         return False
     columns = x.shape[-1]
     return x.dtype == torch.bfloat16 and x.is_contiguous() and not (columns % BLOCK or x.numel() // columns % BLOCK)
