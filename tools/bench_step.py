@@ -70,7 +70,7 @@ STOCK = ("--no-gradient-accumulation-fusion",)
 NATIVE = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native")
 OURS = ("--fused-linear-cross-entropy", "--fused-weight-gradient", "--check-gradients-once")
 SWIGLU, GRAPHS, DEEP_GEMM = ("--fused-swiglu-quantisation",), ("--cuda-graph-impl", "local"), ("--deep-gemm",)
-FASTER = ("--flash-attention-4", "--fused-qkv-rope", "--fused-embedding-gradient")  # not on in the scripts
+FASTER = ("--flash-attention-4", "--fused-qkv-rope", "--fused-embedding-gradient")
 FASTER_FP8 = (*OURS, *SWIGLU, *DEEP_GEMM, "--fused-norm-quantisation", "--fast-quantisation", *FASTER)
 ARMS = {
     "stock-bf16": Arm("bf16", STOCK),
