@@ -152,16 +152,24 @@ def test_embedding_gradient_under_data_parallelism(run_flags, tmp_path):
     torch.testing.assert_close(one[name], two[name], rtol=0, atol=FP32_LAYOUTS)
 
 
-def test_another_head_is_refused():
+@pytest.mark.parametrize(
+    ("flag", "needed"),
+    [
+        ("fused_embedding_gradient", "--fused-linear-cross-entropy"),
+        ("recompute_swiglu", "--fused-swiglu-quantisation"),
+        ("recompute_norms", "--fused-norm-quantisation"),
+    ],
+)
+def test_what_needs_another_switch_is_refused(flag, needed):
     """Pins a shared weight that learns from the embedding alone: Megatron's head hands autograd its gradient, which the
-    embedding's, added already, would hide."""
-    flags = Namespace(
-        fused_swiglu_quantisation=False,
-        recompute_swiglu=False,
-        fused_embedding_gradient=True,
-        fused_linear_cross_entropy=False,
+    embedding's, added already, would hide. And memory that a flag was to free and did not."""
+    names = (
+        "fused_swiglu_quantisation recompute_swiglu fused_norm_quantisation recompute_norms fused_embedding_gradient"
     )
-    with pytest.raises(ValueError, match="needs --fused-linear-cross-entropy"):
+    flags = Namespace(**dict.fromkeys([*names.split(), "fused_linear_cross_entropy", "check_gradients_once"], False))
+    engine.settle_speed(flags)
+    setattr(flags, flag, True)
+    with pytest.raises(ValueError, match=f"needs {needed}"):
         engine.settle_speed(flags)
 
 
@@ -301,8 +309,8 @@ def test_quantising_kernels():
 
         empty = kernels.Quantised.empty
 
-        def with_rows_in_fp32(*arguments):
-            out = empty(*arguments)
+        def with_rows_in_fp32(*arguments, **ways):
+            out = empty(*arguments, **ways)
             return out if out.codes is None else replace(out, codes=out.codes.float())
 
         kernels.Quantised.empty = with_rows_in_fp32
@@ -341,6 +349,8 @@ def test_quantising_kernels():
             found, inverse = kernels.rms_norm(x, weight, 1e-6, *arguments)
             torch.testing.assert_close(inverse, (x.float().square().mean(1) + 1e-6) ** -0.5, rtol=1e-6, atol=0)
             compare(found, cut(x.float() * inverse[:, None] * weight), fmt, scale_fmt)
+            again = kernels.rms_norm_columns(x, weight, inverse, *arguments)
+            assert torch.equal(again.view(torch.uint8), found.transposed.view(torch.uint8))
             compare(kernels.quantise(x, *arguments), x, fmt, scale_fmt)
         print("equal")
     """
@@ -348,12 +358,58 @@ def test_quantising_kernels():
     assert output.splitlines()[-1] == "equal", output
 
 
-def test_columns_are_computed_again():
-    """A layer that is handed a tensor with `columns_again` keeps that call, not the tensor, and its backward pass gets
-    what the call gives; other inputs and the weight are kept as they are. Pins a weight's gradient from a tensor that
-    has no columns, and a tensor kept all the same."""
+def test_weights_are_transposed_late():
+    """A weight gets its column-wise copy when it is asked for, from its present rows, and one weight has one at a time.
+    Pins the transpose of an earlier step's weight, of the 1 x 128 blocks of an activation, and copies that stay."""
     pytest.importorskip("triton")
-    from infir2.speed import quantised_swiglu
+    from infir2.speed import te_quantisation
+
+    class Weight:
+        """What TransformerEngine's tensor does: it makes the copy where there is none."""
+
+        _is_2D_scaled, _columnwise_data, _columnwise_scale_inv = True, None, None
+
+        def __init__(self, rows: str):
+            self._rowwise_data = rows
+
+        def update_usage(self, rowwise_usage=None, columnwise_usage=None):
+            if columnwise_usage and self._columnwise_data is None:
+                self._columnwise_data, self._columnwise_scale_inv = self._rowwise_data[::-1], 1.0
+
+    class Quantiser:
+        def __init__(self, dimensions: int):
+            self.block_scaling_dim, self.usage = dimensions, []
+
+        def set_usage(self, *, rowwise=None, columnwise=None):
+            self.usage.append((rowwise, columnwise))
+
+    Weight.update_usage = te_quantisation.late_transposes(Weight.update_usage)
+    Quantiser.set_usage = te_quantisation.usage_in_place_of(Quantiser.set_usage)
+    first, second, activation = Weight("ab"), Weight("cd"), Weight("xy")
+    for rows in ("ab", "AB"):  # two steps
+        first._rowwise_data = rows
+        for weight in (second, first):
+            weight.update_usage(columnwise_usage=True)
+        assert first._columnwise_data == rows[::-1]
+        assert second._columnwise_data is second._columnwise_scale_inv is None
+        first.update_usage(rowwise_usage=True)
+        assert first._columnwise_data == rows[::-1]
+    activation._is_2D_scaled, activation._columnwise_data = False, "own"
+    activation.update_usage(columnwise_usage=True)
+    assert (activation._columnwise_data, first._columnwise_data) == ("own", "BA")
+    for dimensions, wanted in ((2, False), (1, True)):
+        quantiser = Quantiser(dimensions)
+        quantiser.set_usage(rowwise=True, columnwise=True)
+        quantiser.set_usage(columnwise=None)
+        assert quantiser.usage == [(True, wanted), (None, None)]
+
+
+def test_columns_are_computed_again():
+    """A layer that keeps a tensor with `made_again` keeps that call, not the tensor, and its backward pass gets what
+    the call gives; other inputs and the weight are kept as they are. Pins a weight's gradient from a tensor that has no
+    columns, and a tensor kept all the same."""
+    pytest.importorskip("triton")
+    from infir2.speed import te_quantisation
 
     class Product(torch.autograd.Function):
         @staticmethod
@@ -369,9 +425,9 @@ def test_columns_are_computed_again():
     random = torch.Generator().manual_seed(0)
     leaf, again, weight = (torch.randn(3, 3, generator=random).requires_grad_() for _ in range(3))
     x = leaf * 2
-    x.columns_again = lambda: again.detach()
+    x.made_again = lambda: again.detach()
     kept = weakref.ref(x)
-    y = quantised_swiglu._keeping_less(Product.apply)(x, weight)
+    y = te_quantisation.keeping_less(Product.apply)(x, weight)
     del x
     assert kept() is None
     dx, dw = torch.autograd.grad(y.sum(), [leaf, weight])

@@ -71,6 +71,7 @@ NATIVE = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native"
 OURS = ("--fused-linear-cross-entropy", "--fused-weight-gradient", "--check-gradients-once")
 SWIGLU, GRAPHS, DEEP_GEMM = ("--fused-swiglu-quantisation",), ("--cuda-graph-impl", "local"), ("--deep-gemm",)
 FASTER = ("--flash-attention-4", "--fused-qkv-rope", "--fused-embedding-gradient")
+KEEP_LESS = ("--recompute-swiglu", "--recompute-norms", "--transpose-weights-late")
 FASTER_FP8 = (*OURS, *SWIGLU, *DEEP_GEMM, "--fused-norm-quantisation", "--fast-quantisation", *FASTER)
 ARMS = {
     "stock-bf16": Arm("bf16", STOCK),
@@ -90,6 +91,8 @@ ARMS = {
     "fp8-faster-recompute": Arm("fp8", (*FASTER_FP8, "--recompute-swiglu")),
     "bf16-faster-graphs": Arm("bf16", (*OURS, *FASTER, *GRAPHS)),
     "fp8-faster-graphs": Arm("fp8", (*FASTER_FP8, *GRAPHS)),
+    "fp8-faster-less": Arm("fp8", (*FASTER_FP8, *KEEP_LESS)),
+    "fp8-faster-less-graphs": Arm("fp8", (*FASTER_FP8, *KEEP_LESS, *GRAPHS)),
     "fp8-faster-recompute-graphs": Arm("fp8", (*FASTER_FP8, "--recompute-swiglu", *GRAPHS)),
     "fp8-deep-gemm": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM)),
     "stock-bf16-ce-flash": Arm("bf16", (*STOCK, *NATIVE, "--flash-attention-4")),

@@ -49,7 +49,9 @@ FUSED_WEIGHT_GRADIENT = "--fused-weight-gradient"
 FUSED_SWIGLU = "--fused-swiglu-quantisation"
 RECOMPUTE_SWIGLU = "--recompute-swiglu"
 FUSED_NORM = "--fused-norm-quantisation"
+RECOMPUTE_NORMS = "--recompute-norms"
 FAST_QUANTISATION = "--fast-quantisation"
+LATE_TRANSPOSES = "--transpose-weights-late"
 DEEP_GEMM = "--deep-gemm"
 FLASH_ATTENTION = "--flash-attention-4"
 FUSED_QKV_ROPE = "--fused-qkv-rope"
@@ -311,11 +313,20 @@ def _quantised_swiglu(original):
 
 
 def _quantised_norm(original):
-    return importlib.import_module("infir2.speed.te_quantisation").norm_in_place_of(original)
+    module = importlib.import_module("infir2.speed.te_quantisation")
+    return module.norm_in_place_of(original, recompute=RECOMPUTE_NORMS in sys.argv)
 
 
 def _fast_quantiser(original):
     return importlib.import_module("infir2.speed.te_quantisation").quantiser_in_place_of(original)
+
+
+def _usage(original):
+    return importlib.import_module("infir2.speed.te_quantisation").usage_in_place_of(original)
+
+
+def _late_transposes(original):
+    return importlib.import_module("infir2.speed.te_quantisation").late_transposes(original)
 
 
 def _deep_gemm(original):
@@ -365,6 +376,12 @@ BY_FLAG_ON_GPU: dict[str, dict[str, Callable[[Any], Any]]] = {
     FUSED_NORM: {"transformer_engine.pytorch.module._common.tex.rmsnorm_fwd": _quantised_norm},
     FAST_QUANTISATION: {
         "transformer_engine.pytorch.tensor.float8_blockwise_tensor.Float8BlockQuantizer.quantize_impl": _fast_quantiser,
+    },
+    LATE_TRANSPOSES: {
+        "transformer_engine.pytorch.tensor.float8_blockwise_tensor.Float8BlockQuantizer.set_usage": _usage,
+        "transformer_engine.pytorch.tensor.float8_blockwise_tensor.Float8BlockwiseQTensorStorage.update_usage": (
+            _late_transposes
+        ),
     },
     DEEP_GEMM: {"transformer_engine.pytorch.cpp_extensions.gemm.tex.generic_gemm": _deep_gemm},
     FUSED_QKV_ROPE: {"megatron.core.transformer.attention.apply_fused_qkv_rotary_pos_emb": _split_rotary},

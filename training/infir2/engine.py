@@ -98,6 +98,16 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         help="quantise an RMSNorm's result in the kernel that computes it (GPU, blockwise FP8)",
     )
     group.add_argument(
+        backend.RECOMPUTE_NORMS,
+        action="store_true",
+        help=f"with {backend.FUSED_NORM}: compute an RMSNorm's result again in the backward pass instead of keeping it",
+    )
+    group.add_argument(
+        backend.LATE_TRANSPOSES,
+        action="store_true",
+        help="transpose a weight's FP8 codes when the backward pass asks for them instead of keeping both (GPU)",
+    )
+    group.add_argument(
         backend.FAST_QUANTISATION,
         action="store_true",
         help="quantise activations and gradients by our kernel instead of TransformerEngine's (GPU, blockwise FP8)",
@@ -175,8 +185,12 @@ def settle_speed(args: Namespace) -> None:
             f"{backend.FUSED_SWIGLU} is for models whose layers are all in FP8, and "
             f"{args.te_precision_config_file} names each layer's precision. Leave one of them out."
         )
-    if args.recompute_swiglu and not args.fused_swiglu_quantisation:
-        raise ValueError(f"{backend.RECOMPUTE_SWIGLU} needs {backend.FUSED_SWIGLU}: only that computes it again")
+    for wanted, flag, needed, basis in (
+        (args.recompute_swiglu, backend.RECOMPUTE_SWIGLU, args.fused_swiglu_quantisation, backend.FUSED_SWIGLU),
+        (args.recompute_norms, backend.RECOMPUTE_NORMS, args.fused_norm_quantisation, backend.FUSED_NORM),
+    ):
+        if wanted and not needed:
+            raise ValueError(f"{flag} needs {basis}: only what that computes is computed again")
     if args.fused_embedding_gradient and not args.fused_linear_cross_entropy:
         raise ValueError(
             f"{backend.FUSED_EMBEDDING} needs --fused-linear-cross-entropy: the gradient of another head that shares "
@@ -234,6 +248,10 @@ def model_config(args: Namespace, kind: str, scale_fmt: str) -> tuple[Any, Any]:
         from infir2.speed import quantised_swiglu
 
         model.post_wrap_hooks.append(quantised_swiglu.attach)
+    if kind == "gpu" and args.recompute_norms:
+        from infir2.speed import te_quantisation
+
+        model.post_wrap_hooks.append(te_quantisation.attach_norms)
     if kind == "cpu":
         from infir2 import layers
 

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from infir2.speed import quantising_kernels
 from infir2.speed.quantising_kernels import BLOCK
-from infir2.speed.te_quantisation import as_te_tensor, kernel_format
+from infir2.speed.te_quantisation import as_te_tensor, keeping_less, kernel_format
 
 
 def in_place_of(original: Callable, recompute: bool = False) -> Callable:
@@ -33,7 +32,7 @@ def in_place_of(original: Callable, recompute: bool = False) -> Callable:
         forward_quantiser, backward_quantiser = _quantisers()
         result = _QuantisedSwiGLU.apply(x, forward_quantiser, backward_quantiser, not recompute)
         if recompute:
-            result.columns_again = functools.partial(_quantised, x.detach(), forward_quantiser, rows=False)
+            result.made_again = functools.partial(_quantised, x.detach(), forward_quantiser, rows=False)
         return result
 
     return bias_swiglu_impl
@@ -44,25 +43,18 @@ def attach(models: list) -> list:
     for model in models:
         for name, module in model.named_modules():
             if name.endswith("linear_fc2"):
-                module.forward = _keeping_less(module.forward)
+                module.forward = _letting_go(keeping_less(module.forward))
     return models
 
 
-def _keeping_less(forward: Callable) -> Callable:
+def _letting_go(forward: Callable) -> Callable:
     def forward_and_let_go(x, *args, **kwargs):
-        if hasattr(x, "columns_again"):
-            with saved_tensors_hooks(lambda one: getattr(one, "columns_again", one), _unpacked):
-                return forward(x, *args, **kwargs)
         result = forward(x, *args, **kwargs)
-        if torch.is_grad_enabled() and _is_blockwise(x):
+        if torch.is_grad_enabled() and _is_blockwise(x) and x._columnwise_data is not None:
             x.update_usage(rowwise_usage=False, columnwise_usage=True)
         return result
 
     return forward_and_let_go
-
-
-def _unpacked(kept: Any) -> Tensor:
-    return kept() if callable(kept) and not isinstance(kept, Tensor) else kept
 
 
 def _is_blockwise(x: Any) -> bool:

@@ -97,8 +97,17 @@ def rms_norm(
     inverse = torch.empty(tokens, dtype=torch.float32, device=x.device)
     _inverse_rms[(tokens // 4,)](x, inverse, epsilon, columns, 4, 512)
     grid, rule = (columns // BLOCK, tokens // BLOCK), _rule(dtype, power_of_two)
-    _rms_norm[grid](x, inverse, weight, *_pointers(out), tokens, columns, *rule, **_LIGHT_OPTIONS)
+    _rms_norm[grid](x, inverse, weight, *_pointers(out), tokens, columns, *rule, True, **_LIGHT_OPTIONS)
     return out, inverse
+
+
+def rms_norm_columns(x: Tensor, weight: Tensor, inverse: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+    """The transpose's codes of `rms_norm`, [K, T], from its r."""
+    tokens, columns = _checked(x, BLOCK)
+    out = Quantised.empty(tokens, columns, dtype, x.device, rows=False)
+    grid, rule = (columns // BLOCK, tokens // BLOCK), _rule(dtype, power_of_two)
+    _rms_norm[grid](x, inverse, weight, *_pointers(out), tokens, columns, *rule, False, **_LIGHT_OPTIONS)
+    return out.transposed
 
 
 def quantise(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> Quantised:
@@ -225,6 +234,7 @@ def _rms_norm(
     OVERFLOW: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     row, column = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     t = row * SIZE + 4 * tl.arange(0, SIZE // 4)
@@ -234,7 +244,7 @@ def _rms_norm(
     second = _pair(_normalised(x, inverse, w, t + 2, f, columns), _normalised(x, inverse, w, t + 3, f, columns))
     _quantise(
         first, second, row, column, codes, scale_inv, words, transposed_scale_inv, tokens, columns, E5M2, LARGEST,
-        EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
+        EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, ROWS, True,
     )  # fmt: skip
 
 

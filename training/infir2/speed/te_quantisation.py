@@ -4,31 +4,97 @@
                                         computed; TransformerEngine writes it in BF16 first and reads it again
     Float8BlockQuantizer.quantize_impl  by --fast-quantisation: the same codes, by a faster kernel
 
+What a layer keeps for its backward pass can be made there instead, the same bits:
+
+    --recompute-norms           with the first: the column-wise copy, from what the norm was given
+    --transpose-weights-late    set_usage, update_usage: the column-wise copies of weights, one at a time
+
 What is not asked for both ways round in blocks of 1 x 128, or has no whole tiles, goes on to TransformerEngine. So do
 weights, whose blocks are 128 x 128, and the norm's backward pass.
 """
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from infir2.speed import quantising_kernels
 from infir2.speed.quantising_kernels import BLOCK, Quantised
 
 
-def norm_in_place_of(original: Callable) -> Callable:
+def norm_in_place_of(original: Callable, recompute: bool = False) -> Callable:
     """A `rmsnorm_fwd` that quantises where it can."""
 
     def rmsnorm_fwd(x, weight, epsilon, out, quantiser, out_dtype, sm_margin, zero_centered):
         if out is not None or zero_centered or not _applies(x, quantiser):
             return original(x, weight, epsilon, out, quantiser, out_dtype, sm_margin, zero_centered)
-        rows = x.reshape(-1, x.shape[-1])
-        result, inverse = quantising_kernels.rms_norm(rows, weight, epsilon, *kernel_format(quantiser))
-        return as_te_tensor(result, tuple(x.shape), quantiser), None, inverse
+        rows, form = x.reshape(-1, x.shape[-1]), kernel_format(quantiser)
+        codes, inverse = quantising_kernels.rms_norm(rows, weight, epsilon, *form)
+        result = as_te_tensor(codes, tuple(x.shape), quantiser)
+        if recompute:
+            arguments = (rows.detach(), weight.detach(), inverse, *form)
+            result._columnwise_data.made_again = functools.partial(_columns, result._columnwise_data.shape, *arguments)
+        return result, None, inverse
 
     return rmsnorm_fwd
+
+
+def _columns(shape: torch.Size, *arguments: Any) -> Tensor:
+    return quantising_kernels.rms_norm_columns(*arguments).view(torch.uint8).view(shape)
+
+
+def keeping_less(forward: Callable) -> Callable:
+    """A layer's `forward` that keeps, for a tensor with an attribute `made_again`, that call and not the tensor; the
+    backward pass gets what it gives."""
+
+    @functools.wraps(forward)
+    def forward_keeping_less(*args, **kwargs):
+        with saved_tensors_hooks(lambda one: getattr(one, "made_again", one), _unpacked):
+            return forward(*args, **kwargs)
+
+    return forward_keeping_less
+
+
+def _unpacked(kept: Any) -> Any:
+    return kept if isinstance(kept, Tensor) else kept()
+
+
+def attach_norms(models: list) -> list:
+    """Have each layer that begins with a norm keep less."""
+    for model in models:
+        for name, module in model.named_modules():
+            if name.endswith(("linear_qkv", "linear_fc1")):
+                module.forward = keeping_less(module.forward)
+    return models
+
+
+def usage_in_place_of(original: Callable) -> Callable:
+    """A quantiser's `set_usage` by which weights get no column-wise copy when they are quantised."""
+
+    def set_usage(self, *, rowwise=None, columnwise=None):
+        original(self, rowwise=rowwise, columnwise=False if self.block_scaling_dim == 2 and columnwise else columnwise)
+
+    return set_usage
+
+
+def late_transposes(original: Callable) -> Callable:
+    """A tensor's `update_usage` that makes a weight's column-wise copy when the backward pass asks for it, always anew,
+    and lets go of the one before: the GEMM that reads that is queued already."""
+    before: list[weakref.ref] = []
+
+    def update_usage(self, rowwise_usage=None, columnwise_usage=None):
+        if self._is_2D_scaled and columnwise_usage and rowwise_usage is not False and self._rowwise_data is not None:
+            for one in (self, *(reference() for reference in before)):
+                if one is not None:
+                    one._columnwise_data = one._columnwise_scale_inv = None
+            before[:] = [weakref.ref(self)]
+        return original(self, rowwise_usage, columnwise_usage)
+
+    return update_usage
 
 
 def quantiser_in_place_of(original: Callable) -> Callable:
