@@ -247,7 +247,7 @@ def model_config(args: Namespace, kind: str, scale_fmt: str) -> tuple[Any, Any]:
     if kind == "gpu" and args.fused_swiglu_quantisation:
         from infir2.speed import quantised_swiglu
 
-        model.post_wrap_hooks.append(quantised_swiglu.attach)
+        model.post_wrap_hooks.append(partial(quantised_swiglu.attach, recompute=args.recompute_swiglu))
     if kind == "gpu" and args.recompute_norms:
         from infir2.speed import te_quantisation
 

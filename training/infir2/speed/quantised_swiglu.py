@@ -38,19 +38,19 @@ def in_place_of(original: Callable, recompute: bool = False) -> Callable:
     return bias_swiglu_impl
 
 
-def attach(models: list) -> list:
-    """Have each fc2 keep no more of its input than its backward pass reads."""
+def attach(models: list, recompute: bool = False) -> list:
+    """Have each fc2 keep no more of its input than its backward pass reads, or nothing."""
     for model in models:
         for name, module in model.named_modules():
             if name.endswith("linear_fc2"):
-                module.forward = _letting_go(keeping_less(module.forward))
+                module.forward = keeping_less(module.forward) if recompute else _letting_go(module.forward)
     return models
 
 
 def _letting_go(forward: Callable) -> Callable:
     def forward_and_let_go(x, *args, **kwargs):
         result = forward(x, *args, **kwargs)
-        if torch.is_grad_enabled() and _is_blockwise(x) and x._columnwise_data is not None:
+        if torch.is_grad_enabled() and _is_blockwise(x):
             x.update_usage(rowwise_usage=False, columnwise_usage=True)
         return result
 
