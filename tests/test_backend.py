@@ -44,6 +44,16 @@ def test_a_missing_package_is_asked_for(make, wanted, monkeypatch):
         getattr(backend, make)(None)
 
 
+def test_every_switch_finds_what_it_puts_in_place(monkeypatch):
+    """Pins a row that names a function which is not there: a CPU run would not notice, and a GPU's would end at once."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("CUDA_HOME", "/usr/local/cuda")
+    for table in (*backend.BY_FLAG.values(), *backend.BY_FLAG_ON_GPU.values()):
+        for make in table.values():
+            assert callable(make(lambda: None))
+
+
 def test_deep_gemm_needs_a_compiler(monkeypatch):
     """Pins the same for nvcc."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)

@@ -307,26 +307,15 @@ def _refuse_broken_gradients(original):
     return get_grad_norm_fp32
 
 
-def _quantised_swiglu(original):
-    module = importlib.import_module("infir2.speed.quantised_swiglu")
-    return module.in_place_of(original, recompute=RECOMPUTE_SWIGLU in sys.argv)
+def _ours(path: str, **flags: str) -> Callable[[Any], Any]:
+    """A row for `module.function` of infir2.speed; `flags`: options that a flag switches on."""
 
+    def make(original):
+        module, function = path.split(".")
+        options = {name: flag in sys.argv for name, flag in flags.items()}
+        return getattr(importlib.import_module(f"infir2.speed.{module}"), function)(original, **options)
 
-def _quantised_norm(original):
-    module = importlib.import_module("infir2.speed.te_quantisation")
-    return module.norm_in_place_of(original, recompute=RECOMPUTE_NORMS in sys.argv)
-
-
-def _fast_quantiser(original):
-    return importlib.import_module("infir2.speed.te_quantisation").quantiser_in_place_of(original)
-
-
-def _usage(original):
-    return importlib.import_module("infir2.speed.te_quantisation").usage_in_place_of(original)
-
-
-def _late_transposes(original):
-    return importlib.import_module("infir2.speed.te_quantisation").late_transposes(original)
+    return make
 
 
 def _deep_gemm(original):
@@ -336,7 +325,7 @@ def _deep_gemm(original):
             f"{DEEP_GEMM} compiles its kernels with nvcc, which is not found: put CUDA 13's on PATH or set CUDA_HOME, "
             "or leave the flag out (LIBRARIES=0 before a script)"
         )
-    return importlib.import_module("infir2.speed.deep_gemm").in_place_of(original)
+    return _ours("deep_gemm.in_place_of")(original)
 
 
 def _flash_attention(original):
@@ -344,15 +333,7 @@ def _flash_attention(original):
         "flash_attn.cute",
         f"{FLASH_ATTENTION} needs FlashAttention 4, which is not installed: {_FAST_LIBRARIES}",
     )
-    return importlib.import_module("infir2.speed.flash_attention").in_place_of(original)
-
-
-def _split_rotary(original):
-    return importlib.import_module("infir2.speed.split_rotary").in_place_of(original)
-
-
-def _embedding_gradient(original):
-    return importlib.import_module("infir2.speed.embedding_gradient").in_place_of(original)
+    return _ours("flash_attention.in_place_of")(original)
 
 
 _FAST_LIBRARIES = "install requirements-gpu.txt again, or leave the flag out (LIBRARIES=0 before a script)"
@@ -368,23 +349,32 @@ def _need(module: str, message: str) -> None:
 
 
 BY_FLAG: dict[str, dict[str, Callable[[Any], Any]]] = {
-    FUSED_EMBEDDING: {"torch.nn.functional.embedding": _embedding_gradient},
+    FUSED_EMBEDDING: {"torch.nn.functional.embedding": _ours("embedding_gradient.in_place_of")},
 }
 
+_FP8_BLOCKS = "transformer_engine.pytorch.tensor.float8_blockwise_tensor"
 BY_FLAG_ON_GPU: dict[str, dict[str, Callable[[Any], Any]]] = {
-    FUSED_SWIGLU: {"megatron.core.transformer.mlp.bias_swiglu_impl": _quantised_swiglu},
-    FUSED_NORM: {"transformer_engine.pytorch.module._common.tex.rmsnorm_fwd": _quantised_norm},
-    FAST_QUANTISATION: {
-        "transformer_engine.pytorch.tensor.float8_blockwise_tensor.Float8BlockQuantizer.quantize_impl": _fast_quantiser,
-    },
-    LATE_TRANSPOSES: {
-        "transformer_engine.pytorch.tensor.float8_blockwise_tensor.Float8BlockQuantizer.set_usage": _usage,
-        "transformer_engine.pytorch.tensor.float8_blockwise_tensor.Float8BlockwiseQTensorStorage.update_usage": (
-            _late_transposes
+    FUSED_SWIGLU: {
+        "megatron.core.transformer.mlp.bias_swiglu_impl": _ours(
+            "quantised_swiglu.in_place_of", recompute=RECOMPUTE_SWIGLU
         ),
     },
+    FUSED_NORM: {
+        "transformer_engine.pytorch.module._common.tex.rmsnorm_fwd": _ours(
+            "te_quantisation.norm_in_place_of", recompute=RECOMPUTE_NORMS
+        ),
+    },
+    FAST_QUANTISATION: {
+        f"{_FP8_BLOCKS}.Float8BlockQuantizer.quantize_impl": _ours("te_quantisation.quantiser_in_place_of"),
+    },
+    LATE_TRANSPOSES: {
+        f"{_FP8_BLOCKS}.Float8BlockQuantizer.set_usage": _ours("te_quantisation.usage_in_place_of"),
+        f"{_FP8_BLOCKS}.Float8BlockwiseQTensorStorage.update_usage": _ours("te_quantisation.late_transposes"),
+    },
     DEEP_GEMM: {"transformer_engine.pytorch.cpp_extensions.gemm.tex.generic_gemm": _deep_gemm},
-    FUSED_QKV_ROPE: {"megatron.core.transformer.attention.apply_fused_qkv_rotary_pos_emb": _split_rotary},
+    FUSED_QKV_ROPE: {
+        "megatron.core.transformer.attention.apply_fused_qkv_rotary_pos_emb": _ours("split_rotary.in_place_of"),
+    },
     FLASH_ATTENTION: {
         "megatron.core.extensions.transformer_engine.TEDotProductAttention.forward": _flash_attention,
     },

@@ -53,6 +53,24 @@ class Stage:
         return {}
 
 
+# What makes steps faster or smaller; docs/performance.md has what each brought. All but two need a GPU.
+SWITCHES = {
+    backend.FUSED_QKV_ROPE: "rotate q and k in the qkv layer's output, without splitting it first; not packed samples",
+    backend.FUSED_WEIGHT_GRADIENT: "add weight gradients to the FP32 ones in the GEMMs that compute them, without apex",
+    backend.FUSED_EMBEDDING: "add the embedding's gradient to the FP32 one row by row, not as a BF16 matrix (CPU too)",
+    backend.FUSED_SWIGLU: "quantise SwiGLU's result and its gradient in the kernels that compute them (blockwise FP8)",
+    backend.RECOMPUTE_SWIGLU: "with that, compute SwiGLU's result again in the backward pass instead of keeping it",
+    backend.FUSED_NORM: "quantise an RMSNorm's result in the kernel that computes it (blockwise FP8)",
+    backend.RECOMPUTE_NORMS: "with that, compute an RMSNorm's result again in the backward pass instead of keeping it",
+    backend.LATE_TRANSPOSES: "transpose a weight's FP8 codes when the backward pass needs them, and do not keep both",
+    backend.FAST_QUANTISATION: "quantise activations and gradients by our kernel, not TransformerEngine's",
+    backend.DEEP_GEMM: "compute blockwise FP8 layers by DeepGEMM instead of cuBLAS (needs sgl-deep-gemm and nvcc)",
+    backend.FLASH_ATTENTION: "compute causal attention by FlashAttention 4 instead of cuDNN (needs flash-attn-4)",
+    "--check-gradients-once": "look for NaN and Inf in the gradient norm, before the optimizer uses the gradients, and "
+    "not in each loss and part of the gradients, where the CPU waits for the GPU every time (CPU too)",
+}
+
+
 def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
     """Our own flags, beside Megatron's."""
     group = parser.add_argument_group("infir2")
@@ -67,67 +85,8 @@ def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
         default=False,
         help="compute the output layer and the loss together, in chunks of tokens, without holding all the logits",
     )
-    group.add_argument(
-        backend.FUSED_QKV_ROPE,
-        action="store_true",
-        help="rotate q and k in the output of the qkv layer, without splitting it first (GPU; not for packed samples)",
-    )
-    group.add_argument(
-        backend.FUSED_WEIGHT_GRADIENT,
-        action="store_true",
-        help="add weight gradients to the FP32 ones in the GEMMs that compute them, without apex (GPU; infir2.backend)",
-    )
-    group.add_argument(
-        backend.FUSED_EMBEDDING,
-        action="store_true",
-        help="add the embedding's gradient to the FP32 one, row by row, instead of a whole matrix in BF16",
-    )
-    group.add_argument(
-        backend.FUSED_SWIGLU,
-        action="store_true",
-        help="quantise SwiGLU's result and its gradient in the kernels that compute them (GPU, blockwise FP8)",
-    )
-    group.add_argument(
-        backend.RECOMPUTE_SWIGLU,
-        action="store_true",
-        help=f"with {backend.FUSED_SWIGLU}: compute SwiGLU's result again in the backward pass instead of keeping it",
-    )
-    group.add_argument(
-        backend.FUSED_NORM,
-        action="store_true",
-        help="quantise an RMSNorm's result in the kernel that computes it (GPU, blockwise FP8)",
-    )
-    group.add_argument(
-        backend.RECOMPUTE_NORMS,
-        action="store_true",
-        help=f"with {backend.FUSED_NORM}: compute an RMSNorm's result again in the backward pass instead of keeping it",
-    )
-    group.add_argument(
-        backend.LATE_TRANSPOSES,
-        action="store_true",
-        help="transpose a weight's FP8 codes when the backward pass asks for them instead of keeping both (GPU)",
-    )
-    group.add_argument(
-        backend.FAST_QUANTISATION,
-        action="store_true",
-        help="quantise activations and gradients by our kernel instead of TransformerEngine's (GPU, blockwise FP8)",
-    )
-    group.add_argument(
-        backend.DEEP_GEMM,
-        action="store_true",
-        help="compute linear layers in blockwise FP8 by DeepGEMM instead of cuBLAS (GPU; needs sgl-deep-gemm and nvcc)",
-    )
-    group.add_argument(
-        backend.FLASH_ATTENTION,
-        action="store_true",
-        help="compute causal attention by FlashAttention 4 instead of cuDNN (GPU; needs flash-attn-4)",
-    )
-    group.add_argument(
-        "--check-gradients-once",
-        action="store_true",
-        help="look for NaN and Inf in the norm of a step's gradients, before the optimizer uses them, and not in each "
-        "loss and each part of the gradients, where the CPU waits for the GPU every time",
-    )
+    for flag, what in SWITCHES.items():
+        group.add_argument(flag, action="store_true", help=what)
     stage.add_arguments(group)
     return parser
 
