@@ -45,7 +45,7 @@ def test_a_missing_package_is_asked_for(make, wanted, monkeypatch):
 
 
 def test_every_switch_finds_what_it_puts_in_place(monkeypatch):
-    """Pins a row that names a function which is not there: a CPU run would not notice, and a GPU's would end at once."""
+    """Pins a row that names a function which is not there: a run on a CPU would not notice."""
     pytest.importorskip("triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setenv("CUDA_HOME", "/usr/local/cuda")
