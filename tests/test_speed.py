@@ -228,9 +228,9 @@ def test_quantising_kernels_compile_for_hopper(name, options, fmt):
     constants = ("E5M2", "LARGEST", "EXPONENT", "OVERFLOW", "POWER_OF_TWO", "SIZE")
     constexprs = dict(zip(constants, quantising_kernels._rule(fmt.dtype, power_of_two=True), strict=True))
     types = {"x": "*bf16", "dy": "*bf16", "words": "*i32", "tokens": "i32", "features": "i32"}
-    types |= {"inverse": "*fp32", "weight": "*bf16", "columns": "i32"}
+    types |= {"inverse": "*fp32", "sums": "*fp32", "weight": "*bf16", "columns": "i32"}
     types |= {"codes": "*fp8e5" if fmt is fp8.E5M2 else "*fp8e4nv", "scale_inv": "*fp32"}
-    constexprs |= {"ROWS": True, "COLUMNS": True}
+    constexprs |= {"ROWS": True, "COLUMNS": True, "SUMS": True}
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     types |= {"transposed_scale_inv": "*fp32"} | dict.fromkeys(constexprs, "constexpr")
     source = triton.compiler.ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constexprs)
@@ -352,10 +352,32 @@ def test_quantising_kernels():
             again = kernels.rms_norm_columns(x, weight, inverse, *arguments)
             assert torch.equal(again.view(torch.uint8), found.transposed.view(torch.uint8))
             compare(kernels.quantise(x, *arguments), x, fmt, scale_fmt)
+            found, sums = kernels.quantise_with_sums(x, *arguments)
+            compare(found, x, fmt, scale_fmt)
+            torch.testing.assert_close(sums.double(), x.double().sum(0), rtol=2**-8, atol=1e-4)
         print("equal")
     """
     output = interpreted(program)
     assert output.splitlines()[-1] == "equal", output
+
+
+@pytest.mark.parametrize("what", ["no bias", "quantised", "gathered", "BF16", "debug", "rows"])
+def test_bias_gradient_leaves_the_rest(what):
+    """To TransformerEngine. Pins a gradient of one rank taken for that of all, and one for a bias that is not there."""
+    pytest.importorskip("triton")
+    from infir2.speed import te_quantisation
+
+    ctx = SimpleNamespace(
+        fp8=what != "BF16", use_bias=what != "no bias", debug=what == "debug", backward_override=None,
+        sequence_parallel=True,
+    )  # fmt: skip
+    gradient = torch.zeros(192 if what == "rows" else 128, 256, dtype=torch.bfloat16)
+    if what == "quantised":
+        gradient._rowwise_data = gradient
+    quantiser = SimpleNamespace(block_scaling_dim=1, rowwise_usage=True, columnwise_usage=True, amax_epsilon=0.0)
+    arguments = ctx, gradient, what == "gathered", quantiser
+    found = te_quantisation.bias_gradient_in_place_of(lambda *args: args)(*arguments)
+    assert all(one is other for one, other in zip(found, arguments, strict=True))
 
 
 def test_weights_are_transposed_late():

@@ -91,6 +91,8 @@ ARMS = {
     "fp8-faster-recompute": Arm("fp8", (*FASTER_FP8, "--recompute-swiglu")),
     "bf16-faster-graphs": Arm("bf16", (*OURS, *FASTER, *GRAPHS)),
     "fp8-faster-graphs": Arm("fp8", (*FASTER_FP8, *GRAPHS)),
+    "fp8-faster-bias": Arm("fp8", (*FASTER_FP8, "--fused-bias-gradient")),
+    "fp8-faster-bias-graphs": Arm("fp8", (*FASTER_FP8, "--fused-bias-gradient", *GRAPHS)),
     "fp8-faster-less": Arm("fp8", (*FASTER_FP8, *KEEP_LESS)),
     "fp8-faster-less-graphs": Arm("fp8", (*FASTER_FP8, *KEEP_LESS, *GRAPHS)),
     "fp8-faster-recompute-graphs": Arm("fp8", (*FASTER_FP8, "--recompute-swiglu", *GRAPHS)),

@@ -52,6 +52,7 @@ FUSED_NORM = "--fused-norm-quantisation"
 RECOMPUTE_NORMS = "--recompute-norms"
 FAST_QUANTISATION = "--fast-quantisation"
 LATE_TRANSPOSES = "--transpose-weights-late"
+FUSED_BIAS = "--fused-bias-gradient"
 DEEP_GEMM = "--deep-gemm"
 FLASH_ATTENTION = "--flash-attention-4"
 FUSED_QKV_ROPE = "--fused-qkv-rope"
@@ -366,6 +367,11 @@ BY_FLAG_ON_GPU: dict[str, dict[str, Callable[[Any], Any]]] = {
     },
     FAST_QUANTISATION: {
         f"{_FP8_BLOCKS}.Float8BlockQuantizer.quantize_impl": _ours("te_quantisation.quantiser_in_place_of"),
+    },
+    FUSED_BIAS: {
+        "transformer_engine.pytorch.module.base.TransformerEngineBaseModule.grad_output_preprocess": _ours(
+            "te_quantisation.bias_gradient_in_place_of"
+        ),
     },
     LATE_TRANSPOSES: {
         f"{_FP8_BLOCKS}.Float8BlockQuantizer.set_usage": _ours("te_quantisation.usage_in_place_of"),

@@ -64,6 +64,7 @@ SWITCHES = {
     backend.RECOMPUTE_NORMS: "with that, compute an RMSNorm's result again in the backward pass instead of keeping it",
     backend.LATE_TRANSPOSES: "transpose a weight's FP8 codes when the backward pass needs them, and do not keep both",
     backend.FAST_QUANTISATION: "quantise activations and gradients by our kernel, not TransformerEngine's",
+    backend.FUSED_BIAS: "add up a bias's gradient in the kernel that quantises what it comes from (blockwise FP8)",
     backend.DEEP_GEMM: "compute blockwise FP8 layers by DeepGEMM instead of cuBLAS (needs sgl-deep-gemm and nvcc)",
     backend.FLASH_ATTENTION: "compute causal attention by FlashAttention 4 instead of cuDNN (needs flash-attn-4)",
     "--check-gradients-once": "look for NaN and Inf in the gradient norm, before the optimizer uses the gradients, and "

@@ -115,8 +115,18 @@ def quantise(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> Quantised:
     tokens, columns = _checked(x, BLOCK)
     out = Quantised.empty(tokens, columns, dtype, x.device)
     grid, rule = (columns // BLOCK, tokens // BLOCK), _rule(dtype, power_of_two)
-    _quantise_alone[grid](x, *_pointers(out), tokens, columns, *rule, **_LIGHT_OPTIONS)
+    _quantise_alone[grid](x, None, *_pointers(out), tokens, columns, *rule, False, **_LIGHT_OPTIONS)
     return out
+
+
+def quantise_with_sums(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Quantised, Tensor]:
+    """The same, and the sum of each column, added up in FP32 and rounded to BF16: [K]."""
+    tokens, columns = _checked(x, BLOCK)
+    out = Quantised.empty(tokens, columns, dtype, x.device)
+    sums = torch.empty(tokens // BLOCK, columns, dtype=torch.float32, device=x.device)
+    grid, rule = (columns // BLOCK, tokens // BLOCK), _rule(dtype, power_of_two)
+    _quantise_alone[grid](x, sums, *_pointers(out), tokens, columns, *rule, True, **_LIGHT_OPTIONS)
+    return out, sums.sum(0).bfloat16()
 
 
 def _checked(x: Tensor, multiple: int) -> tuple[int, int]:
@@ -251,6 +261,7 @@ def _rms_norm(
 @triton.jit
 def _quantise_alone(
     x,
+    sums,
     codes,
     scale_inv,
     words,
@@ -263,13 +274,17 @@ def _quantise_alone(
     OVERFLOW: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     SIZE: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     row, column = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     t = row * SIZE + 4 * tl.arange(0, SIZE // 4)
     f = column * SIZE + tl.arange(0, SIZE)
+    first, second = _pair_of_rows(x, t, f, columns), _pair_of_rows(x, t + 2, f, columns)
+    if SUMS:
+        tl.store(sums + row * columns + f, tl.sum(_low(first) + _high(first) + _low(second) + _high(second), 0))
     _quantise(
-        _pair_of_rows(x, t, f, columns), _pair_of_rows(x, t + 2, f, columns), row, column, codes, scale_inv, words,
-        transposed_scale_inv, tokens, columns, E5M2, LARGEST, EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
+        first, second, row, column, codes, scale_inv, words, transposed_scale_inv, tokens, columns, E5M2, LARGEST,
+        EXPONENT, OVERFLOW, POWER_OF_TWO, SIZE, True, True,
     )  # fmt: skip
 
 

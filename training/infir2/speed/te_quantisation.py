@@ -3,6 +3,8 @@
     rmsnorm_fwd                         by --fused-norm-quantisation: an RMSNorm's result, quantised where it is
                                         computed; TransformerEngine writes it in BF16 first and reads it again
     Float8BlockQuantizer.quantize_impl  by --fast-quantisation: the same codes, by a faster kernel
+    grad_output_preprocess              by --fused-bias-gradient: a bias's gradient, added up where the gradient that it
+                                        comes from is quantised; TransformerEngine reads that once more
 
 What a layer keeps for its backward pass can be made there instead, the same bits:
 
@@ -107,6 +109,21 @@ def quantiser_in_place_of(original: Callable) -> Callable:
         return as_te_tensor(result, tuple(tensor.shape), self)
 
     return quantize_impl
+
+
+def bias_gradient_in_place_of(original: Callable) -> Callable:
+    """A `grad_output_preprocess` that gives a quantised gradient [T, K] and the bias's [K], where it can."""
+
+    def grad_output_preprocess(ctx, gradient, row_parallel, quantiser):
+        gathered, quantised = row_parallel and ctx.sequence_parallel, hasattr(gradient, "_rowwise_data")
+        if ctx.fp8 and ctx.use_bias and not (gathered or quantised or ctx.debug or ctx.backward_override):
+            rows = gradient.reshape(-1, gradient.shape[-1]).contiguous()
+            if _applies(rows, quantiser):
+                result, sums = quantising_kernels.quantise_with_sums(rows, *kernel_format(quantiser))
+                return as_te_tensor(result, tuple(rows.shape), quantiser), sums
+        return original(ctx, gradient, row_parallel, quantiser)
+
+    return staticmethod(grad_output_preprocess)
 
 
 def _applies(x: Tensor, quantiser: Any) -> bool:
