@@ -95,6 +95,32 @@ def test_gradient_goes_to_the_main_gradient():
         assert (weight.grad is None) == tied
 
 
+def test_gradient_goes_there_at_once(monkeypatch):
+    """Where the caller knows what the loss is multiplied by, the weight's gradient is added in the forward pass, in
+    several chunks, to what is there; an evaluation adds nothing. Another factor in the backward pass must not train.
+    Pins: earlier micro-batches overwritten, the factor applied twice or not at all."""
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_ELEMENTS_CPU", 1)
+    x, weight, target, token_weight = problem(300, 50, 8, 0)
+    x, weight = torch.nn.Parameter(x), torch.nn.Parameter(weight)
+    weight.main_grad, weight.zero_out_wgrad = torch.full_like(weight.data, 3.0), True
+    inputs = x, weight, target, token_weight
+    wanted, dx, dw = plain(*inputs, 0.25)
+    with torch.no_grad():
+        linear_cross_entropy.linear_cross_entropy(*inputs, factor=torch.tensor(0.25))
+    assert torch.equal(weight.main_grad, torch.full_like(weight.data, 3.0))
+    loss = linear_cross_entropy.linear_cross_entropy(*inputs, factor=torch.tensor(0.25))
+    assert error(weight.main_grad - 3, dw) < FP32_LINEAR_CROSS_ENTROPY
+    before = weight.main_grad.clone()
+    (loss / 4).backward()
+    assert error(loss.detach() / 4, wanted) < FP32_LINEAR_CROSS_ENTROPY
+    assert error(x.grad, dx) < FP32_LINEAR_CROSS_ENTROPY
+    assert torch.equal(weight.main_grad, before)
+    assert weight.grad_added_to_main_grad
+    x.grad = None
+    (linear_cross_entropy.linear_cross_entropy(*inputs, factor=torch.tensor(0.5)) / 4).backward()
+    assert x.grad.isnan().all()
+
+
 def test_evaluation_computes_no_gradient(monkeypatch):
     """Pins: validation at the price of training."""
     monkeypatch.setattr(weight_gradient, "accumulate", None)

@@ -10,6 +10,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
@@ -133,9 +134,22 @@ def forward_step(data_iterator, model):
 def run_model(model, loss_mask: Tensor | None, **inputs):
     """The model's output and the function that Megatron's schedules call for its loss."""
     if get_args().fused_linear_cross_entropy:
-        total = model(**inputs, loss_mask=loss_mask, output_processor=linear_cross_entropy.output_processor)
-        return total, partial(checked, loss_mask)
+        factor = None if loss_mask is None else loss_factor(loss_mask)
+        head = partial(linear_cross_entropy.output_processor, factor=factor)
+        return model(**inputs, loss_mask=loss_mask, output_processor=head), partial(checked, loss_mask)
     return model(**inputs, loss_mask=loss_mask), partial(loss_sum, loss_mask)
+
+
+def loss_factor(loss_mask: Tensor) -> Tensor:
+    """What Megatron's schedules multiply a micro-batch's sum of losses by before its backward pass, FP32, a scalar."""
+    if get_args().calculate_per_token_loss:  # they divide the gradients at the end
+        return torch.ones((), device=loss_mask.device)
+    return 1 / (number_of_tokens(loss_mask).clamp(min=1) * get_num_microbatches())
+
+
+def number_of_tokens(loss_mask: Tensor) -> Tensor:
+    """Trained ones, int32, a scalar."""
+    return loss_mask.sum(dtype=torch.float32).to(torch.int)
 
 
 @functools.lru_cache(maxsize=1)
@@ -153,7 +167,7 @@ def loss_sum(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[st
 
 def checked(loss_mask: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """As `loss_sum`, given the sum. NaN and Inf end the run."""
-    tokens = loss_mask.sum(dtype=torch.float32).to(torch.int)
+    tokens = number_of_tokens(loss_mask)
     if get_args().check_for_nan_in_loss_and_grad:
         for rejected in (torch.isnan, torch.isinf):
             get_rerun_state_machine().validate_result(

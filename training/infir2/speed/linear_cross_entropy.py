@@ -6,10 +6,14 @@ go through the head in chunks: logits, loss, the gradient of the logits in the s
 gradients of the input and of the weight. Nothing is computed twice, the backward pass only scales.
 
 That works because the operation returns the weighted sum of the tokens' losses, one number, so that all that is missing
-until the backward pass is one factor. With p = softmax(x W^T) and token weights w (the loss mask):
+until the backward pass is one factor f, what the sum is multiplied by on its way into the training loss. With
+p = softmax(x W^T) and token weights w (the loss mask):
 
-    loss = sum_t w_t (log sum_v exp(l_tv) - l_t,target)        dl_tv = w_t (p_tv - [v = target_t])
+    loss = sum_t w_t (log sum_v exp(l_tv) - l_t,target)        dl_tv = f w_t (p_tv - [v = target_t])
     dx = dl W                                                  dW = dl^T x
+
+A caller who knows f beforehand gives it: dW is then added to the weight's main gradient at once, and no second FP32
+matrix of the weight's size is held, written and read. The backward pass looks whether it was right.
 
 The maths is the plain path's: logits in the model's type, everything on them in FP32, their gradient rounded once to
 that type. Only dW differs: it is accumulated in FP32 and never rounded to BF16.
@@ -31,22 +35,28 @@ CHUNK_ELEMENTS = 2**29  # logits held at once: 1 GiB in BF16
 CHUNK_ELEMENTS_CPU = 2**21  # those of a chunk stay in cache
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor, group=None) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor, group=None, factor: Tensor | None = None
+) -> Tensor:
     """Sum over tokens of token_weight x cross entropy of x weight^T, FP32, a scalar.
 
     x: [T, K]; weight: [V, K], this rank's rows of the vocabulary; target: int64 [T], in the whole vocabulary;
     token_weight: [T]; `group`: the tensor-parallel group, None for one rank. x is the same on all of its ranks, and so
     is the result; the gradient of x is this rank's part of a sum. The gradient of a weight with a main gradient
-    (Megatron's `main_grad`) is added there.
+    (Megatron's `main_grad`) is added there; with `factor`, FP32, a scalar, d(training loss) / d(this sum), already by
+    this call. A backward pass that brings another factor gives x a gradient of NaN.
     """
     chunk = _chunk(len(x), len(weight), CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS_CPU)
-    return _LinearCrossEntropy.apply(x, weight, target, token_weight.float(), group, chunk, torch.is_grad_enabled())
+    factor = factor if hasattr(weight, "main_grad") else None
+    training = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(x, weight, target, token_weight.float(), group, factor, chunk, training)
 
 
-def output_processor(*, hidden_states, output_layer, output_weight, labels, loss_mask, **_) -> Tensor:
+def output_processor(*, hidden_states, output_layer, output_weight, labels, loss_mask, factor=None, **_) -> Tensor:
     """For `GPTModel.forward(..., output_processor=)`: the sum of the trained tokens' losses in place of the logits.
 
-    hidden_states: [s, b, K], or [s / TP, b, K] under sequence parallelism; labels, loss_mask: [b, s].
+    hidden_states: [s, b, K], or [s / TP, b, K] under sequence parallelism; labels, loss_mask: [b, s]; `factor`: as of
+    `linear_cross_entropy`.
     """
     from megatron.core.tensor_parallel import (
         copy_to_tensor_model_parallel_region,
@@ -62,45 +72,52 @@ def output_processor(*, hidden_states, output_layer, output_weight, labels, loss
         x = copy_to_tensor_model_parallel_region(hidden_states, group=group)
     weight = output_layer.weight if output_weight is None else output_weight
     tokens = (t.transpose(0, 1).flatten() for t in (labels, loss_mask))
-    return linear_cross_entropy(x.flatten(0, 1), weight, *tokens, group if group.size() > 1 else None)
+    return linear_cross_entropy(x.flatten(0, 1), weight, *tokens, group if group.size() > 1 else None, factor)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, target, token_weight, group, chunk: int, training: bool) -> Tensor:
+    def forward(ctx, x, weight, target, token_weight, group, factor, chunk: int, training: bool) -> Tensor:
         needs_x, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
         dx = torch.empty_like(x) if needs_x else None
-        dw = torch.empty(weight.shape, dtype=torch.float32, device=x.device) if needs_weight else None
+        at_once = needs_weight and factor is not None
+        dw = torch.empty(weight.shape, dtype=torch.float32, device=x.device) if needs_weight and not at_once else None
+        into = weight.main_grad if at_once else dw
+        scale = token_weight if factor is None else token_weight * factor
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for rows in _chunks(len(x), chunk):
             logits = x[rows] @ weight.t()
-            losses = _losses_and_gradient(logits, target[rows], token_weight[rows], group, needs_x or needs_weight)
-            loss += losses @ token_weight[rows]
+            gradient_weight = scale[rows] if needs_x or needs_weight else None
+            loss += _losses_and_gradient(logits, target[rows], gradient_weight, group) @ token_weight[rows]
             if needs_x:
                 torch.matmul(logits, weight, out=dx[rows])
             if needs_weight:
-                weight_gradient.accumulate(dw, logits, x[rows], overwrite=rows.start == 0)
-        ctx.save_for_backward(dx, dw)
+                weight_gradient.accumulate(into, logits, x[rows], overwrite=not at_once and rows.start == 0)
+        ctx.save_for_backward(dx, dw, factor)
         ctx.weight = weight  # not saved as a tensor: its main_grad is asked for, and may be written in between
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, factor: Tensor):
-        dx, dw = ctx.saved_tensors
-        dx = None if dx is None else (dx * factor).to(dx.dtype)
-        return dx, None if dw is None else _hand_over(ctx.weight, dw, factor), None, None, None, None, None
+    def backward(ctx, brought: Tensor):
+        dx, dw, factor = ctx.saved_tensors
+        if factor is not None:
+            brought = torch.where((brought / factor - 1).abs() < 1e-5, 1.0, torch.nan)
+        dx = None if dx is None else (dx * brought).to(dx.dtype)
+        dw = _hand_over(ctx.weight, dw, brought) if ctx.needs_input_grad[1] else None
+        return dx, dw, None, None, None, None, None, None
 
 
-def _hand_over(weight: Tensor, dw: Tensor, factor: Tensor) -> Tensor | None:
-    """Add `factor` x dw to the weight's main gradient, or return it where the weight has none.
+def _hand_over(weight: Tensor, dw: Tensor | None, factor: Tensor) -> Tensor | None:
+    """Add `factor` x dw to the weight's main gradient, or return it where the weight has none. None has been added.
 
     Megatron's gradient hooks want a gradient from autograd even then, whose values they do not read. A tied weight's
     comes from the embedding.
     """
     if not hasattr(weight, "main_grad"):
         return (dw * factor).to(weight.dtype)
-    weight.main_grad.addcmul_(dw, factor)
+    if dw is not None:
+        weight.main_grad.addcmul_(dw, factor)
     weight.grad_added_to_main_grad = True
     return None if hasattr(weight, "zero_out_wgrad") else torch.empty_like(weight)  # which only a tied one has
 
@@ -116,16 +133,16 @@ def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk))
 
 
-def _losses_and_gradient(logits: Tensor, target: Tensor, token_weight: Tensor, group, gradient: bool) -> Tensor:
-    """Each token's loss, FP32 [t]; `gradient` replaces the logits [t, V] by their gradient, in place."""
+def _losses_and_gradient(logits: Tensor, target: Tensor, gradient_weight: Tensor | None, group) -> Tensor:
+    """Each token's loss, FP32 [t]; with `gradient_weight` [t] the logits [t, V] become their gradient, in place."""
     rows = _kernels() if logits.is_cuda else _TorchRows
     if group is None:
-        return _loss(*rows.statistics(logits, target, token_weight if gradient else None))
+        return _loss(*rows.statistics(logits, target, gradient_weight))
     first = group.rank() * logits.shape[1]
     target = target - first
     statistics = _reduce(*rows.statistics(logits, target), group)
-    if gradient:
-        rows.gradient_(logits, target, token_weight, statistics[0] + statistics[1].log())
+    if gradient_weight is not None:
+        rows.gradient_(logits, target, gradient_weight, statistics[0] + statistics[1].log())
     return _loss(*statistics)
 
 
