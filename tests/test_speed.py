@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import BF16_OUTPUT, FP32_LAYOUTS, FP32_LINEAR_CROSS_ENTROPY
 from torch.nn.functional import scaled_dot_product_attention as scaled_dot_product
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainer import Training, losses, tensors, train
 
 from infir2 import engine, fp8
@@ -119,6 +120,27 @@ def test_gradient_goes_there_at_once(monkeypatch):
     x.grad = None
     (linear_cross_entropy.linear_cross_entropy(*inputs, factor=torch.tensor(0.5)) / 4).backward()
     assert x.grad.isnan().all()
+
+
+def test_one_chunk_at_a_time(monkeypatch):
+    """Pins a chunk's logits, a GiB on a GPU, held while the next one's are computed."""
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_ELEMENTS_CPU", 1)
+    inputs = problem(300, 50, 8, 0)
+    chunks, held = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function is torch.ops.aten.mm.default:
+                held.extend(one for one in chunks if one() is not None)
+            result = function(*arguments, **(options or {}))
+            if function is torch.ops.aten.mm.default:
+                chunks.append(weakref.ref(result))
+            return result
+
+    with Watch():
+        linear_cross_entropy.linear_cross_entropy(*inputs)
+    assert len(chunks) == 3
+    assert not held
 
 
 def test_evaluation_computes_no_gradient(monkeypatch):

@@ -97,9 +97,6 @@ ARMS = {
     "fp8-faster-less-bias": Arm("fp8", (*FASTER_FP8, *KEEP_LESS, "--fused-bias-gradient")),
     "fp8-faster-less-graphs": Arm("fp8", (*FASTER_FP8, *KEEP_LESS, *GRAPHS)),
     "fp8-faster-less-bias-graphs": Arm("fp8", (*FASTER_FP8, *KEEP_LESS, "--fused-bias-gradient", *GRAPHS)),
-    "fp8-faster-recompute-bias-graphs": Arm(
-        "fp8", (*FASTER_FP8, "--recompute-swiglu", "--fused-bias-gradient", *GRAPHS)
-    ),
     "fp8-faster-recompute-graphs": Arm("fp8", (*FASTER_FP8, "--recompute-swiglu", *GRAPHS)),
     "fp8-deep-gemm": Arm("fp8", (*OURS, *SWIGLU, *DEEP_GEMM)),
     "stock-bf16-ce-flash": Arm("bf16", (*STOCK, *NATIVE, "--flash-attention-4")),

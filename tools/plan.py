@@ -6,15 +6,16 @@
     python tools/plan.py --model models/Qwen2.5-7B --seq-length 8192
     python tools/plan.py --shape 1.5B --seq-length 8192 --micro-batch-size 2 --compare out/1.5B-8k.json
 
-Three ways to train are planned, each in BF16 and in FP8: stock Megatron with its native fused cross entropy; ours as
+Ways to train are planned, each in BF16 and in FP8: stock Megatron with its native fused cross entropy; ours as
 the scripts train under tensor parallelism; and "faster", as those for pre-training train without it, with DeepGEMM and
-FlashAttention 4 (docs/performance.md). The largest micro-batch that fits is named for each. --compare sets the plan
-beside what tools/bench_step.py measured.
+FlashAttention 4; in FP8 with --recompute-swiglu, --recompute-norms and --transpose-weights-late too, "less"
+(docs/performance.md). The largest micro-batch that fits is named for each. --compare sets the plan beside what
+tools/bench_step.py measured.
 
-Memory is counted: what Megatron 0.19 and TransformerEngine 2.20 keep, in bytes a parameter, a token and a logit; the
-bytes a logit are what was left over of the measured peaks of four runs of the 1.5B shape at 8k. Time is that
-measurement, scaled: each kind of kernel by its own operations or bytes. What of it was held against other shapes, and
-how far it was off, is in docs/performance.md; the interval of time, 15 % to both sides, holds them.
+Memory is counted: what Megatron 0.19 and TransformerEngine 2.20 keep, in bytes a parameter, a token and a logit; those
+of a logit in stock are what was left over of the measured peaks of two runs of the 1.5B shape at 8k. Time is what four
+such runs took, scaled: each kind of kernel by its own operations or bytes. What of it was held against other shapes,
+and how far it was off, is in docs/performance.md; the interval of time, 15 % to both sides, holds them.
 
 Communication is that of tensor parallelism with sequence parallelism, and of data parallelism, within one host, and
 none of it hidden: its rate is a fit to two GPUs with 8 layers of 1.5B. Context parallelism's, and networks between
@@ -28,9 +29,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench_step import SHAPES
+from bench_step import FASTER, GRAPHS, KEEP_LESS, NATIVE, OURS, SHAPES
 
 from infir2.qwen2 import Shape
+from infir2.speed.linear_cross_entropy import CHUNK_ELEMENTS
 
 GIGA = 1e9
 TIME_ERROR = 0.15
@@ -51,11 +53,13 @@ GPUS = {"H200": Gpu(150e9, 1.0, 1.0), "H100": Gpu(84e9, 3.35 / 4.8, 1.0), "H800"
 
 @dataclass(frozen=True)
 class Way:
-    """How to train: linear layers in FP8, our parts of the step, and those that are on without tensor parallelism."""
+    """How to train: linear layers in FP8, our parts of the step, those that are on without tensor parallelism, and
+    FP8 copies made in the backward pass instead of kept."""
 
     fp8: bool
     ours: bool
     faster: bool = False
+    less: bool = False
 
 
 # Named as tools/bench_step.py's arms.
@@ -66,6 +70,7 @@ WAYS = {
     "fp8": Way(fp8=True, ours=True),
     "bf16-faster": Way(fp8=False, ours=True, faster=True),
     "fp8-faster": Way(fp8=True, ours=True, faster=True),
+    "fp8-faster-less": Way(fp8=True, ours=True, faster=True, less=True),
 }
 
 
@@ -116,7 +121,7 @@ def activations(plan: Plan, way: Way) -> float:
     hidden, ffn, queries, kv = plan.sizes
     code = 1 if way.fp8 else 2  # a linear layer's input is kept as FP8 codes
     norms = 2 * 2 * hidden  # what both norms were given
-    inputs = code * (2 * hidden + ffn)  # of qkv, fc1 and fc2
+    inputs = 0 if way.less else code * (2 * hidden + ffn)  # of qkv, fc1 and fc2
     attention = 2 * (queries + kv) + 2 * queries + 4 * plan.shape.heads  # q, k, v; output; log-sums
     projection = queries if way.fp8 else 0  # in BF16 it shares the attention's output
     return norms + inputs + attention + projection + 2 * 2 * ffn  # and what SwiGLU was given
@@ -129,15 +134,17 @@ def memory(plan: Plan, way: Way) -> dict[str, float]:
     whole = activations(plan, way) * tokens
     kept = 2 * plan.shape.hidden * tokens if plan.recompute else whole
     logits = plan.tokens * plan.shape.vocab / plan.tensor
-    # Ours computes logits chunk by chunk (3.0 GB measured); stock holds all of them in BF16, and twice in FP32.
-    loss = 3.0e9 * min(1.0, logits / 2.5e9) if way.ours else 10 * logits
+    copies = 1 if way.less else 2  # both ways round
+    # Ours has a chunk of the logits, or a block's gradients of SwiGLU; stock holds all logits in BF16, in FP32 twice.
+    chunk = 2 * min(logits, CHUNK_ELEMENTS) + 2 * plan.shape.hidden * plan.tokens
+    loss = max(chunk, 6 * plan.shape.ffn * tokens) if way.ours else 10 * logits
     return {
         "weights, BF16": 2 * parameters,
-        "weights, FP8 codes, both ways round": 2 * plan.linear / plan.tensor if way.fp8 else 0,
+        "weights, FP8 codes": way.fp8 * copies * plan.linear / plan.tensor,
         "gradients, FP32": 4 * parameters,
         "masters and moments, FP32": 12 * parameters / (plan.data * plan.context),
         "activations": kept * plan.shape.layers + (whole if plan.recompute else 0),
-        "logits and loss": loss,
+        "logits and loss, or gradients": loss,
     }
 
 
@@ -166,6 +173,7 @@ class Rates:
     loss_stock: float = 11.8e-12  # seconds a logit
     loss_ours: float = 1.95e-12
     optimizer: float = 14.0e-12  # seconds a parameter
+    again: float = 3.7e12  # bytes a second of what is computed again; from a later run of 1.5B
     gap_bf16: float = 0.56e-3  # seconds a block and micro-batch in which nothing runs
     gap_fp8: float = 0.81e-3
     links: float = 1.8e11  # bytes a second to and from another GPU; from two GPUs, with CUDA graphs
@@ -191,6 +199,7 @@ def seconds(plan: Plan, way: Way, gpu: Gpu, rates: Rates = Rates()) -> dict[str,
     quantised += 0 if way.ours else 3 * ffn  # ours: in the kernels of SwiGLU, which move as many bytes as without
     split = 1 if way.faster else 4 if way.ours else 6  # of qkv's output, its rotation, and other copies
     traffic = 16 * ffn + 2 * 16 * hidden + split * (2 * hidden + queries + kv)
+    again = (5 * ffn + 6 * hidden) * tokens * layers + 2 * plan.linear * plan.micro_batches if way.less else 0
     loss = rates.loss_ours if way.ours else rates.loss_stock
     return {
         "linear layers": 6
@@ -205,6 +214,7 @@ def seconds(plan: Plan, way: Way, gpu: Gpu, rates: Rates = Rates()) -> dict[str,
         if way.fp8
         else 0,
         "elementwise": traffic * tokens * layers * passes / tensor / rates.traffic / gpu.bandwidth,
+        "made again": again / tensor / rates.again / gpu.bandwidth,
         "loss": tokens * plan.shape.vocab / tensor * loss / gpu.bandwidth,
         "optimizer": plan.parameters / tensor / (plan.data * plan.context) * rates.optimizer / gpu.bandwidth,
         "communication": traffic_between_gpus(plan) / rates.links / gpu.links,
@@ -252,21 +262,33 @@ def report(plan: Plan, name_of_gpu: str) -> str:
     )
 
 
+def way_of(arm: dict) -> Way | None:
+    """Of a measured arm, by its flags; None where no plan is of such a run. With CUDA graphs the peak says nothing."""
+    flags = set(arm["flags"])
+    ours, less = OURS[0] in flags, {flag in flags for flag in KEEP_LESS}
+    planned = arm["precision"] in ("bf16", "fp8") and len(less) == 1 and GRAPHS[0] not in flags
+    if not planned or not (ours or NATIVE[0] in flags):
+        return None
+    return Way(arm["precision"] == "fp8", ours, ours and FASTER[0] in flags, less == {True})
+
+
 def compare(plan: Plan, gpu: str, measured: Path) -> str:
     """The plan beside what was measured, arm by arm."""
     arms = json.loads(measured.read_text(encoding="utf-8"))["arms"]
     rows = []
-    for name in (name for name in WAYS if arms.get(name, {}).get("rounds")):
-        rounds = arms[name]["rounds"]
+    for name, arm in arms.items():
+        rounds, way = arm["rounds"], way_of(arm)
+        if way is None or not rounds:
+            continue
         times = sorted(value for one in rounds for value in one["seconds"])
         pairs = (
-            (sum(memory(plan, WAYS[name]).values()) / GIGA, max(one["peak_gb"] for one in rounds)),
-            (sum(seconds(plan, WAYS[name], GPUS[gpu]).values()), times[len(times) // 2]),
+            (sum(memory(plan, way).values()) / GIGA, max(one["peak_gb"] for one in rounds)),
+            (sum(seconds(plan, way, GPUS[gpu]).values()), times[len(times) // 2]),
         )
         cells = [f"{planned:.2f} {found:.2f} {100 * (planned / found - 1):+.1f} %" for planned, found in pairs]
         rows.append([name, *cells])
     if not rows:
-        raise ValueError(f"{measured} holds none of the arms {', '.join(WAYS)}")
+        raise ValueError(f"{measured} holds no arm like {', '.join(WAYS)}")
     return table(["planned, measured, difference", "peak GB", "s a step"], rows)
 
 

@@ -93,6 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.matmul(logits, weight, out=dx[rows])
             if needs_weight:
                 weight_gradient.accumulate(into, logits, x[rows], overwrite=not at_once and rows.start == 0)
+            del logits  # or the next chunk's would be there beside them
         ctx.save_for_backward(dx, dw, factor)
         ctx.weight = weight  # not saved as a tensor: its main_grad is asked for, and may be written in between
         return loss
