@@ -78,8 +78,10 @@ def plain(x, weight, target, token_weight):
     return loss.detach(), x.grad, weight.grad
 
 
-def test_linear_cross_entropy(monkeypatch):
-    """Loss and gradients against FP64, in several chunks: no further from it than the plain path in BF16."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_linear_cross_entropy(at_once, monkeypatch):
+    """Loss and gradients against FP64, in several chunks: no further from it than the plain path in BF16. `at_once`:
+    the weight's gradient added to a main gradient in the forward pass."""
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_ELEMENTS", 384 * VOCABULARY)
     inputs = problem(1000, VOCABULARY, WIDTH)
     leaves = [
@@ -89,10 +91,14 @@ def test_linear_cross_entropy(monkeypatch):
     exact = plain(*leaves[0], *inputs[2:])
     in_bf16 = plain(*leaves[1], *inputs[2:])
     x, weight = leaves[2]
-    loss = linear_cross_entropy.linear_cross_entropy(x, weight, *inputs[2:])
+    if at_once:
+        weight.main_grad = torch.zeros(weight.shape, device="cuda")
+    factor = torch.ones((), device="cuda") if at_once else None
+    loss = linear_cross_entropy.linear_cross_entropy(x, weight, *inputs[2:], factor=factor)
     loss.backward()
+    of_weight = weight.main_grad if at_once else weight.grad
     for name, found, control, wanted in zip(
-        ("loss", "dx", "dW"), (loss.detach(), x.grad, weight.grad), in_bf16, exact, strict=True
+        ("loss", "dx", "dW"), (loss.detach(), x.grad, of_weight), in_bf16, exact, strict=True
     ):
         print(json.dumps({"what": name, "error": error(found, wanted), "plain path's": error(control, wanted)}))
         assert error(found, wanted) < max(1.1 * error(control, wanted), FP32_LINEAR_CROSS_ENTROPY)

@@ -47,7 +47,8 @@ def linear_cross_entropy(
     this call. A backward pass that brings another factor gives x a gradient of NaN.
     """
     chunk = _chunk(len(x), len(weight), CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS_CPU)
-    factor = factor if hasattr(weight, "main_grad") else None
+    if getattr(getattr(weight, "main_grad", None), "dtype", None) != torch.float32:
+        factor = None  # chunks would be added up in fewer bits
     training = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(x, weight, target, token_weight.float(), group, factor, chunk, training)
 
