@@ -71,7 +71,7 @@ def test_linear_cross_entropy(tokens, vocabulary, width, elements, dtype, seed):
     wanted = plain(*inputs, 0.37)
     # In BF16 the logits are rounded (2^-9 of up to about 10), and then their gradients and those of x and the weight.
     tolerance = FP32_LINEAR_CROSS_ENTROPY if dtype == torch.float32 else 16 * BF16_OUTPUT
-    # Of the largest element, or of what one token with a probability of 0 gives: near 1, p - 1 has p's error.
+    # Of the largest element, or of what one token with a probability of 0 gives: near 1, the error of p - 1 is p's.
     sizes = 0.37 * torch.stack([torch.ones(()), weight.detach().abs().max(), x.detach().abs().max()]).double()
     for found, reference, size in zip((loss.detach(), x.grad, weight.grad), wanted, sizes, strict=True):
         assert (found - reference).abs().max() < tolerance * max(size, reference.abs().max())

@@ -17,7 +17,8 @@ BF16_OUTPUT = 2**-8
 # The same tokens in other packs and micro-batches, FP32: sums of losses in another order.
 FP32_PACKING = 1e-6
 
-# Linear cross entropy in FP32 against FP64: sums of at most a few hundred products, relative to the largest element.
+# Linear cross entropy in FP32 against FP64: sums of at most a few hundred products, relative to the largest element
+# or, where that is small, to what one token gives.
 FP32_LINEAR_CROSS_ENTROPY = 1e-5
 
 # Log-probabilities in FP32 from given logits against FP64: sums of exponentials, then a difference of numbers below 50.
