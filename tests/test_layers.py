@@ -1,5 +1,6 @@
 """The emulated FP8 linear layer against a plain computation of its three GEMMs."""
 
+import functools
 import itertools
 
 import pytest
@@ -176,3 +177,74 @@ def refusal() -> str:
 def test_tokens_are_a_multiple_of_128():
     """Pins: Megatron's own alignment helper, which says 16."""
     assert "found 96" in with_megatron("test_layers", "refusal")
+
+
+def packed_attention_and_rotation(lengths: list[int], seed: int) -> list[float]:
+    """Largest relative difference of CoreAttention's and the rotation's results and gradients on a pack to each
+    sequence computed alone: attention in FP64 from its definition, the rotation by Megatron's own function."""
+    from types import SimpleNamespace
+
+    import numpy as np
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from infir2 import layers
+
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    generator = torch.Generator().manual_seed(seed)
+    total, boundaries = sum(lengths), np.cumsum([0, *lengths]).tolist()
+    q, k, v = (torch.randn(total, heads, 32, generator=generator).bfloat16() for heads in (4, 2, 2))
+    angles = torch.outer(torch.arange(max(lengths) + 1.0), 10.0 ** -torch.linspace(0, 3, 16))
+    freqs = torch.cat([angles, angles], dim=-1)[:, None, None]
+    g = torch.randn(total, 4 * 32, generator=generator).bfloat16()
+    packed = SimpleNamespace(cu_seqlens_q=torch.tensor(boundaries, dtype=torch.int32))
+    core = layers.CoreAttention(None, 1, None, None, softmax_scale=0.2, pg_collection=SimpleNamespace(cp=alone))
+    ours = [t.clone().requires_grad_() for t in (q, k, v)]
+    rotate = functools.partial(layers.apply_rotary_pos_emb, cu_seqlens=packed.cu_seqlens_q, cp_group=alone)
+    out = core(rotate(ours[0], freqs), rotate(ours[1], freqs), ours[2], packed_seq_params=packed)
+    out.backward(g)
+    theirs = [t.clone().requires_grad_() for t in (q, k, v)]
+    parts = []
+    for start, end in itertools.pairwise(boundaries):
+        one = [t[start:end, None] for t in theirs]
+        one[:2] = (rope_utils._apply_rotary_pos_emb_bshd(t, freqs[: end - start]) for t in one[:2])
+        a, b, c = (t[:, 0].double() for t in one)
+        b, c = (t.repeat_interleave(2, dim=1) for t in (b, c))
+        scores = torch.einsum("qhd,khd->hqk", a, b) * 0.2
+        scores = scores.masked_fill(torch.ones(end - start, end - start).triu(1).bool(), -torch.inf)
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), c).flatten(1))
+    wanted = torch.cat(parts)
+    wanted.backward(g.double())
+    pairs = [(out, wanted), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]
+    return [((a.double() - b.double()).abs().max() / b.double().abs().max()).item() for a, b in pairs]
+
+
+def test_packed_sequences_are_attended_to_alone():
+    """Sequences of one pack, of lengths far apart and alike: results and gradients are those of each alone.
+
+    Pins: a sequence that sees the padding of its group or its neighbour, a position counted through the pack, a token's
+    gradient lost or counted twice where a group is padded.
+    """
+    for seed, lengths in enumerate([[1, 2], [5, 3], [31, 32, 33, 64, 65], [1, 200, 2, 199, 128], [7] * 9]):
+        found = with_megatron("test_layers", "packed_attention_and_rotation", lengths, seed)
+        assert max(found) <= 2 * BF16_OUTPUT, (lengths, found)
+
+
+def rotation_is_megatrons() -> bool:
+    """Whether the unpacked rotation and its gradient are those of Megatron's function, bit for bit."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from infir2 import layers
+
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(48, 3, 2, 64, generator=generator).bfloat16() for _ in range(2))
+    angles = torch.outer(torch.arange(48.0), 10.0 ** -torch.linspace(0, 4, 32))
+    freqs = torch.cat([angles, angles], dim=-1)[:, None, None]
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, wanted = layers.apply_rotary_pos_emb(ours, freqs), rope_utils._apply_rotary_pos_emb_bshd(theirs, freqs)
+    out.backward(g)
+    wanted.backward(g)
+    return torch.equal(out, wanted) and torch.equal(ours.grad, theirs.grad)
+
+
+def test_rotation_is_megatrons():
+    assert with_megatron("test_layers", "rotation_is_megatrons")

@@ -49,6 +49,9 @@ def respond(model_dir: Path, questions: list[str], max_new_tokens: int, label: s
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from infir2 import cpu_kernels
+
+    cpu_kernels.install()
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
     if torch.cuda.is_available():

@@ -18,6 +18,9 @@ def generate(model_dir: Path, prompts: list[str], max_new_tokens: int, chat: boo
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from infir2 import cpu_kernels
+
+    cpu_kernels.install()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
     if torch.cuda.is_available():

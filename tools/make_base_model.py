@@ -4,7 +4,7 @@
     python tools/make_base_model.py --tokenizer exp/quickstart/corpus/tokenizer --output-dir exp/quickstart/base
 
 No small pretrained base ships in a package, so this one has learned nothing. Its sizes keep the 128 rule of
-docs/numerics.md: hidden 256, ffn 768, 2 heads and 2 KV groups of size 128.
+docs/numerics.md: hidden 128, ffn 384, 2 heads of size 128 that share one KV group.
 """
 
 import argparse
@@ -25,11 +25,12 @@ def make(tokenizer_dir: Path, output: Path, layers: int, seed: int) -> int:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=(len(tokenizer) + 127) // 128 * 128,
-        hidden_size=256,
-        intermediate_size=768,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        num_key_value_heads=2,
+        num_key_value_heads=1,
+        head_dim=128,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,

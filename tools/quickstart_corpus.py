@@ -483,7 +483,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--seed", type=int, default=1236, help="decides the problems and the split (1236)")
     parser.add_argument(
-        "--vocab-size", type=int, default=2048, metavar="N", help="tokens, special ones included (2048)"
+        "--vocab-size", type=int, default=1024, metavar="N", help="tokens, special ones included (1024)"
     )
     return parser.parse_args(arguments, argparse.Namespace(arguments=list(arguments)))
 

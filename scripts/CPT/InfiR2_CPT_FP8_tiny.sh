@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quickstart's continual pre-training: the recipe's three phases on a model of 3 M parameters, on one CPU or GPU.
+# The quickstart's continual pre-training: the recipe's three phases on a model of 0.9 M parameters, on one CPU or GPU.
 #
 #   bash scripts/quickstart.sh       # makes the data and the base model, then runs this and its BF16 control
 set -euo pipefail

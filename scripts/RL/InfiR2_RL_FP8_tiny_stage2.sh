@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# RL stage 2 (longer responses: sums of four numbers) of the quickstart's model of 3 M parameters, on one CPU
+# RL stage 2 (longer responses: sums of four numbers) of the quickstart's model of 0.9 M parameters, on one CPU
 # or GPU. scripts/quickstart.sh makes its prompts and the model that it starts from, and runs it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/rl.sh"

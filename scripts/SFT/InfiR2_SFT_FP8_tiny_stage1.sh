@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quickstart's SFT stage 1 (easy problems) on a model of 3 M parameters, on one CPU or GPU.
+# The quickstart's SFT stage 1 (easy problems) on a model of 0.9 M parameters, on one CPU or GPU.
 #
 #   bash scripts/quickstart.sh       # makes the data, then runs this and its BF16 control
 set -euo pipefail
@@ -13,7 +13,7 @@ use_precision "${PRECISION:-fp8}"
 
 # One step is 32 problems; 3,840 of them, four epochs = 480 steps.
 EPOCHS=4 GLOBAL_BATCH=32
-SEQ_LENGTH=128 MAX_TOKENS_PER_GPU=2048 RECOMPUTE=none
+SEQ_LENGTH=128 MAX_TOKENS_PER_GPU=4096 RECOMPUTE=none
 NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-1} TP=1 PP=1 CP=1
 LR=1e-3 MIN_LR=1e-4
 SEED=${SEED:-1236}

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from infir2 import cpu_kernels
+
 # Flags that every CPU run needs, added to the command line by `infir2.engine`. Each belongs to the machine, not to a
 # recipe: the same script then runs on both.
 CPU_ARGUMENTS = (
@@ -113,6 +115,7 @@ def _install_cpu() -> None:
     for package in ("transformer_engine", "apex"):  # where they are installed Megatron takes their CUDA optimizer
         sys.modules[package] = None
     _patch(TORCH_ON_CPU)
+    cpu_kernels.install()
     CudaToCpu().__enter__()  # for the life of the process
     _patch(MEGATRON_ON_CPU)
 
@@ -255,6 +258,9 @@ MEGATRON_ON_CPU: dict[str, Callable[[Any], Any]] = {
         lambda original: lambda state, *args, **kwargs: torch.set_rng_state(state)
     ),
     "megatron.training.training.initialize_megatron": lambda original: functools.partial(original, allow_no_cuda=True),
+    "megatron.core.transformer.attention.apply_rotary_pos_emb": (
+        lambda original: importlib.import_module("infir2.layers").apply_rotary_pos_emb
+    ),
     # Its warm-up draws random numbers, how many depends on TP and CP: layouts would start from different states.
     "megatron.training.training.set_jit_fusion_options": _nothing,
     # A synchronous save needs no manager process for its results; spawning one takes 6 to 9 s at the first save.

@@ -12,6 +12,7 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.utils import unwrap_model
 from torch.nn import Module
 
+from infir2 import cpu_kernels
 from infir2.precision import scale_format_of_recipe
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -31,6 +32,8 @@ class Fp8Proof:
         in_fp8 = len(self._should_run_in_fp8())
         if self.args.rank == 0:
             print(f"[infir2] {self._precision()}: {in_fp8} of {len(linears)} linear layers in FP8", flush=True)
+            if self.backend == "cpu":
+                print(f"[infir2] {cpu_kernels.describe()}", flush=True)
         if self.args.fp8 and not in_fp8:
             raise RuntimeError("--fp8-format asks for FP8, but no linear layer of this model would run in it")
         for model in models:

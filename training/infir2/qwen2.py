@@ -199,7 +199,7 @@ def _qkv(shape: Shape) -> tuple[Callable[..., Tensor], Callable[[Tensor], tuple[
 
 
 # Sizes that a script can insist on, so that the numbers of one model are not run on another: (layers, hidden size).
-SIZES = {"Qwen2.5-1.5B": (28, 1536), "Qwen2.5-7B": (28, 3584), "smollm2-135m": (30, 640), "tiny": (3, 256)}
+SIZES = {"Qwen2.5-1.5B": (28, 1536), "Qwen2.5-7B": (28, 3584), "smollm2-135m": (30, 640), "tiny": (3, 128)}
 
 
 def main() -> None:

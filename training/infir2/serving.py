@@ -48,7 +48,7 @@ class Server:
             (model,) = models
             words = [sglang_python(), "-m", "sglang.launch_server", "--model-path", str(model)]
             return [*words, *where, "--tp-size", str(self.tensor_parallel), *self.arguments]
-        words = [str(Path(sys.executable).with_name("transformers")), "serve"]
+        words = [sys.executable, "-m", "infir2.transformers_serve", "serve"]
         # Without a bound its cache takes most of the memory. 128 blocks of 256 tokens, shared by 32 requests.
         batching = "--continuous-batching --cb-block-size 256 --cb-num-blocks 128 --cb-max-batch-tokens 1024".split()
         return [*words, *where, "--device", "cpu", *batching, *self.arguments]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from infir2 import fp8, hf
+from infir2 import cpu_kernels, fp8, hf
 from infir2.rl.rollout import Request, Response, Sampling
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class TransformersEngine:
     """
 
     def __init__(self, folder: Path | str, scale_fmt: str, batch: int = 256) -> None:
+        cpu_kernels.install()
         config = AutoConfig.from_pretrained(folder)
         self.precision, quantization = "bf16", getattr(config, "quantization_config", None)
         if quantization is not None:
