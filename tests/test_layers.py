@@ -246,5 +246,25 @@ def rotation_is_megatrons() -> bool:
     return torch.equal(out, wanted) and torch.equal(ours.grad, theirs.grad)
 
 
+def swiglu_differences() -> list[float]:
+    """Of SwiGLU and its gradient to FP64, relative to the largest element."""
+    from infir2 import layers
+
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(40, 2, 96, generator=generator).bfloat16() * 4, torch.randn(40, 2, 48, generator=generator)
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    out = layers.bias_swiglu_impl(ours, None)
+    gate, up = theirs.chunk(2, dim=-1)
+    wanted = gate * torch.sigmoid(gate) * up
+    out.backward(g.bfloat16())
+    wanted.backward(g.bfloat16().double())
+    pairs = [(out, wanted), (ours.grad, theirs.grad)]
+    return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs]
+
+
+def test_swiglu():
+    assert max(with_megatron("test_layers", "swiglu_differences")) <= 2 * BF16_OUTPUT  # two roundings
+
+
 def test_rotation_is_megatrons():
     assert with_megatron("test_layers", "rotation_is_megatrons")

@@ -1,9 +1,10 @@
 """Resuming, branching and handing off: what a run continues from, bit for bit."""
 
+import itertools
 import math
 import random
-import time
 
+import killing
 import numpy as np
 import pytest
 import torch
@@ -53,47 +54,39 @@ def assert_same_end(run, whole) -> None:
 
 
 def test_killed_anywhere(run_flags, whole, tmp_path):
-    """SIGKILL at random moments, some of them during a save; the same command goes on to the same bits.
+    """SIGKILL after a step, between a checkpoint's files, before a renaming, in the middle of a write; the same command
+    goes on to the same bits.
 
     Pins: a resume that drops Adam's moments or the random state, a half-written checkpoint taken for a whole one, a
     tracker cut off by the kill, samples seen twice or left out.
     """
-    generator = random.Random(20261121)
+    generator, kinds = random.Random(20261121), itertools.cycle(("step", "file", "bytes", "file"))
     kills = in_save = lives = 0
+    largest = max(path.stat().st_size for path in (whole / "checkpoints").rglob("*.distcp"))
+    moments = {
+        "step": (1, 9),
+        "file": (1, 20),
+        "bytes": (largest // 10, largest - 1),
+    }  # a save is every 4 steps, 8 changes
     while kills < KILLS:
         run = tmp_path / f"life{lives}"
         run.mkdir()
         flags = flags_of(run_flags, run)
-        while (tracked(run / "checkpoints") or 0) < STEPS - SAVE_INTERVAL:
-            in_save += start_and_kill(flags, run / f"log{kills}", generator)
+        for _ in range(6):  # at most; a launch that reached the end leaves nothing to kill
+            kind = next(kinds)
+            log = run / f"log{kills}"
+            moment = f"{kind} {generator.randint(*moments[kind])}"
+            status = Training(flags, log, environment={killing.VARIABLE: moment}).wait()
+            if status == 0:
+                break
+            assert status < 0, log.read_text(errors="replace")[-3000:]
             kills += 1
-            assert kills < 10 * KILLS, "no launch gets as far as its next checkpoint"
+            in_save += log.read_bytes().count(b"saving checkpoint") > log.read_bytes().count(b"successfully saved")
         train(flags, run / "log")
         assert_same_end(run, whole)
         lives += 1
     print(f"{kills} kills in {lives} runs, {in_save} of them while a checkpoint was being written")
-
-
-def start_and_kill(flags: list[str], log, generator: random.Random) -> bool:
-    """Start the command and kill it at a random moment; returns whether that was during a save."""
-    log.touch()
-    training = Training(flags, log)
-    # A save takes about 0.1 s, all 24 steps about 2 s: the ranges reach past a save, so that a run gets on.
-    during_save = generator.random() < 0.5
-    wait_for(log, b"saving checkpoint" if during_save else b"iteration  ", training)
-    time.sleep(generator.uniform(0, 0.3 if during_save else 1.6))
-    training.kill()
-    return log.read_bytes().count(b"saving checkpoint") > log.read_bytes().count(b"successfully saved")
-
-
-def wait_for(log, text: bytes, training: Training, timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while text not in log.read_bytes():
-        if not training.processes[0].is_alive():
-            assert training.wait() == 0, log.read_text()[-3000:]
-            return
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.005)
+    assert kills > in_save > 0
 
 
 def test_schedule_and_branch(run_flags, whole, tmp_path):

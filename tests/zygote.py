@@ -11,6 +11,7 @@ os.environ.update(INFIR2_BACKEND="cpu", OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CON
 os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "0"
 warnings.filterwarnings("ignore")
 
+import killing
 import torch
 
 torch.set_num_threads(1)
@@ -37,6 +38,7 @@ def run_rank(argv: list[str], environment: dict[str, str], log: str) -> None:
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)
     os.environ.update(environment)
+    killing.arm(os.environ.get(killing.VARIABLE, ""))
     if limit := os.environ.get("INFIR2_TEST_FILE_LIMIT"):  # bytes: larger files fail to be written, as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))

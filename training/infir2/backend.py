@@ -252,15 +252,20 @@ TORCH_ON_CPU: dict[str, Callable[[Any], Any]] = {
     "torch.compile": _identity_compile,  # Megatron compiles small functions at import; Inductor would need a compiler
 }
 
+
+def _of_layers(function: str) -> Callable[[Any], Any]:
+    """A row for a function of infir2.layers, which needs Megatron."""
+    return lambda original: getattr(importlib.import_module("infir2.layers"), function)
+
+
 MEGATRON_ON_CPU: dict[str, Callable[[Any], Any]] = {
     "megatron.core.tensor_parallel.random._get_cuda_rng_state": _returning(torch.get_rng_state),
     "megatron.core.tensor_parallel.random._set_cuda_rng_state": (
         lambda original: lambda state, *args, **kwargs: torch.set_rng_state(state)
     ),
     "megatron.training.training.initialize_megatron": lambda original: functools.partial(original, allow_no_cuda=True),
-    "megatron.core.transformer.attention.apply_rotary_pos_emb": (
-        lambda original: importlib.import_module("infir2.layers").apply_rotary_pos_emb
-    ),
+    "megatron.core.transformer.attention.apply_rotary_pos_emb": _of_layers("apply_rotary_pos_emb"),
+    "megatron.core.transformer.mlp.bias_swiglu_impl": _of_layers("bias_swiglu_impl"),
     # Its warm-up draws random numbers, how many depends on TP and CP: layouts would start from different states.
     "megatron.training.training.set_jit_fusion_options": _nothing,
     # A synchronous save needs no manager process for its results; spawning one takes 6 to 9 s at the first save.

@@ -318,6 +318,33 @@ def apply_rotary_pos_emb(
     return _Rotation.apply(t, (angles.cos() * mscale).to(t.dtype), (angles.sin() * mscale).to(t.dtype))
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(a) * b of x = [a, b], [..., 2 n] to [..., n]. The gradient takes 4 operations, not 9."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        with _no_torch_function():
+            gate, up = x.chunk(2, dim=-1)
+            return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        with _no_torch_function():
+            gate, up = x.chunk(2, dim=-1)
+            out = torch.empty_like(x)
+            of_gate, of_up = out.chunk(2, dim=-1)
+            torch.ops.aten.silu_backward.grad_input(g * up, gate, grad_input=of_gate)
+            torch.mul(F.silu(gate), g, out=of_up)
+        return out
+
+
+def bias_swiglu_impl(x: Tensor, bias: Tensor | None, *_) -> Tensor:
+    """SwiGLU, in place of Megatron's function of this name. x: [..., 2 ffn]."""
+    return _SwiGLU.apply(x if bias is None else x + bias)
+
+
 def layer_spec(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, for `GPTModelConfig.transformer_layer_spec`.
 
