@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
-# Set up, then run the recipe on this machine: 20 to 45 minutes on 2 CPU cores. Run again, it reuses what is there.
+# Set up, then run the recipe on this machine: about 10 minutes on 2 CPU cores. Run again, it reuses what is there.
 #
 #   bash scripts/quickstart.sh                          # a tiny model, random at first; on a CPU or a GPU
+#   QUICK=1 bash scripts/quickstart.sh                  # a few steps a stage: does the installation work? 4 minutes
 #   MODEL=smollm2-135m bash scripts/quickstart.sh       # SmolLM2-135M-Instruct; on a Hopper GPU
 #
 # A Qwen2.5-architecture model is trained through Megatron twice, in FP8 and in BF16 on the same data in the same order:
 # pre-training, then fine-tuning in two stages. The FP8 one goes on with reinforcement learning in two stages, trained and
 # sampled in FP8 (the tiny model only; on a GPU with SGLang). It is converted to Hugging Face, cast to block FP8, and
 # answers questions; every stage's answers to held-out problems are counted, and asked for through evalscope.
-# report.html shows all of it.
+# report.html shows all of it, from the first minute on.
 # On a CPU the FP8 arithmetic is emulated, scale by scale; on a Hopper GPU it is TransformerEngine's.
 # shellcheck disable=SC2329 # `stage` calls the functions by their names
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/eval.sh"
 
 MODEL=${MODEL:-tiny} # in the names of the scripts and of their runs
+QUICK=${QUICK:-0}
 case $MODEL in
-    tiny) QUICKSTART=${QUICKSTART:-$OUTPUT_ROOT/quickstart} ;;
+    tiny) QUICKSTART=${QUICKSTART:-$OUTPUT_ROOT/quickstart$([[ $QUICK == 0 ]] || echo _quick)} ;;
     smollm2-135m)
         (($(gpu_count) > 0)) ||
             die "MODEL=$MODEL is trained on a Hopper GPU, and this machine has no GPU; without MODEL a tiny model runs here"
@@ -27,7 +29,6 @@ esac
 
 started=$SECONDS
 set_up
-if [[ $MODEL == tiny ]]; then set_up_evalscope; fi
 log "set-up: $((SECONDS - started)) s"
 cd "$REPO_ROOT"
 export OUTPUT_ROOT=$QUICKSTART HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
@@ -43,7 +44,21 @@ elif [[ $MODEL == tiny ]]; then
     log "no SGLang here (requirements-sglang.txt, SGLANG_PYTHON): the stages of reinforcement learning are left out"
 fi
 LAST=$TUNED
-mkdir -p "$QUICKSTART"
+exec 3>&2 # the terminal: a stage's own output goes to its log
+mkdir -p "$QUICKSTART/running"
+rm -f "$QUICKSTART/running"/*
+
+# QUICK=1: flags that make each stage a few steps long. They come last, so they win.
+CPT_FLAGS=() SFT_FLAGS=() RL_FLAGS=() COUNT_FLAGS=() REPORT_FLAGS=() QUESTIONS=24
+if [[ $QUICK != 0 ]]; then
+    CPT_FLAGS=(--train-iters 12 --lr-warmup-iters 2 --lr-wsd-decay-iters 4)
+    CPT_FLAGS+=(--save-interval 6 --eval-interval 6 --eval-iters 2)
+    SFT_FLAGS=(--train-iters 8 --save-interval 8 --eval-interval 8 --eval-exact-match 16)
+    RL_FLAGS=(--num-rollout 1 --rollout-batch-size 4 --over-sampling-batch-size 4 --n-samples-per-prompt 4)
+    RL_FLAGS+=(--global-batch-size 16 --no-dynamic-sampling --eval-limit 16 --save-interval 1 --eval-interval 1)
+    RL_FLAGS+=(--rollout-max-response-len 48 --eval-max-response-len 48)
+    COUNT_FLAGS=(--limit 32 --max-new-tokens 48) REPORT_FLAGS=(--quick) QUESTIONS=4
+fi
 
 # stage NAME RESULT COMMAND...: run a stage unless its result is there; its seconds go into stages.tsv for the report.
 # Each command makes its result under another name first, so a result that exists is complete. Bash's errexit is off in
@@ -55,24 +70,28 @@ stage() {
         return
     fi
     log "$name"
-    "${@:3}" >>"$QUICKSTART/$name.log" || {
-        tail -n 20 "$QUICKSTART/$name.log" >&2
+    touch "$QUICKSTART/running/$name"
+    "${@:3}" >>"$QUICKSTART/$name.log" 2>&1 || {
+        tail -n 20 "$QUICKSTART/$name.log" >&3
         die "$name failed; see $QUICKSTART/$name.log"
     }
     printf '%s\t%s\t%s\n' "$name" "$((SECONDS - begin))" "$result" >>"$STAGES"
+    rm -f "$QUICKSTART/running/$name"
+    log "$name: $((SECONDS - begin)) s"
 }
 
-# both STAGE_NAME DATA PARENT SCRIPT: run a training script and its BF16 control side by side. PARENT and SCRIPT hold
-# PRECISION where FP8 or BF16 belongs.
+# both RESULT DATA PARENT SCRIPT [FLAG...]: run a training script and its BF16 control side by side. PARENT and SCRIPT
+# hold PRECISION where FP8 or BF16 belongs.
 both() {
     local precision command commands=() threads=$(($(getconf _NPROCESSORS_ONLN) / 2))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     for precision in FP8 BF16; do
         printf -v command 'env DATA_DIR=%q REF_LOAD=%q bash %q' "$2" "${3//PRECISION/$precision}" \
             "$REPO_ROOT/scripts/${4//PRECISION/$precision}.sh"
+        command+=" ${*:5}"
         commands+=(--run "$precision" "$QUICKSTART/$(basename "${4//PRECISION/$precision}")/log.txt" "$command")
     done
-    "$PYTHON" tools/side_by_side.py "${commands[@]}" && touch "$QUICKSTART/$1"
+    "$PYTHON" tools/side_by_side.py "${commands[@]}" 2>&3 && touch "$QUICKSTART/$1"
 }
 
 # base: the model that training starts from, and its tokenizer.
@@ -114,7 +133,8 @@ reinforce() {
     printf -v command 'env HF_CHECKPOINT=%q REF_LOAD=%q RL_DATA=%q EVAL_DATA=%q bash %q' "$engine" \
         "$QUICKSTART/$2/checkpoints" "$CONVERSATIONS/rl$1/train.jsonl" "$CONVERSATIONS/rl$1/valid.jsonl" \
         "$REPO_ROOT/scripts/RL/$run.sh"
-    "$PYTHON" tools/side_by_side.py --run FP8 "$QUICKSTART/$run/log.txt" "$command" && touch "$QUICKSTART/reinforced$1"
+    command+=" ${RL_FLAGS[*]}"
+    "$PYTHON" tools/side_by_side.py --run FP8 "$QUICKSTART/$run/log.txt" "$command" 2>&3 && touch "$QUICKSTART/reinforced$1"
 }
 
 # count_answers NAME "RUN..." "SET...": greedy answers of the runs' models to the sets' test problems, into NAME.json.
@@ -126,7 +146,7 @@ count_answers() {
     done
     for problems in $3; do sets+=(--problems "$problems=$CONVERSATIONS/$problems/test.jsonl"); done
     "$PYTHON" tools/answer_accuracy.py "${models[@]}" "${sets[@]}" --max-new-tokens 160 \
-        --output "$QUICKSTART/$1.json"
+        "${COUNT_FLAGS[@]}" --output "$QUICKSTART/$1.json"
 }
 
 # accuracy: both precisions' models before reinforcement learning.
@@ -138,18 +158,39 @@ accuracy() {
     count_answers accuracy "${runs[*]}" "stage1 stage2"
 }
 
-# beside COMMAND...: run it in a process group of its own while the next stages run; `join` waits for it. Ends with us.
+# beside COMMAND...: run it in a process group of its own while the next stages run; its group is added to BESIDE, and
+# `join` waits for the last. All of them end with us.
+BESIDE=()
 beside() {
     set -m
     "$@" &
-    BESIDE=$!
+    BESIDE+=("$!")
     set +m
-    trap 'kill -- "-$BESIDE" 2>/dev/null' EXIT
+}
+end_beside() {
+    local group
+    for group in "${BESIDE[@]}"; do kill -- "-$group" 2>/dev/null || true; done
+}
+trap end_beside EXIT
+
+join() { wait "${BESIDE[-1]}"; }
+
+# plan: the stages that will run, in order, for the page.
+plan() {
+    echo corpus base data base_torch_dist pretraining conversations bigram sft_data1 sft_data2 sft_stage1 sft_stage2
+    echo tuned_to_hf accuracy
+    if ((${#REINFORCED[@]})); then echo rl_stage1 rl_stage2; fi
+    echo to_hf to_fp8 answers
+    if ((${#REINFORCED[@]})); then echo reinforced_to_hf rl_accuracy; fi
+    if [[ $MODEL == tiny ]]; then echo evaluation; fi
 }
 
-join() {
-    wait "$BESIDE"
-    trap - EXIT
+# watch_progress: write the page beside the stages.
+watch_progress() {
+    local words=() name
+    for name in $(plan); do words+=(--stage "$name"); done
+    if [[ $QUICK != 0 ]]; then words+=(--quick); fi
+    "$PYTHON" tools/quickstart_progress.py "$QUICKSTART" "${words[@]}"
 }
 
 answer() {
@@ -165,9 +206,9 @@ evaluation() {
     for run in "InfiR2_CPT_FP8_$MODEL" "${TUNED%2}1" "$TUNED" "${REINFORCED[@]}"; do
         models+=(--model "$run=$QUICKSTART/hf/$run")
     done
-    "$PYTHON" tools/evaluate.py --benchmark aime24 --dataset "$CONVERSATIONS/aime24" "${models[@]}" \
+    set_up_evalscope && "$PYTHON" tools/evaluate.py --benchmark aime24 --dataset "$CONVERSATIONS/aime24" "${models[@]}" \
         --samples 1 --max-tokens 176 --temperature 0 --top-p 1 --prompt-template '{question}' \
-        --evalscope "$EVALSCOPE_PYTHON" --output "$QUICKSTART/evaluation" 2>&1 # evalscope says much
+        --evalscope "$EVALSCOPE_PYTHON" --output "$QUICKSTART/evaluation"
 }
 
 bigram() {
@@ -177,23 +218,27 @@ bigram() {
 
 # A function, so that bash has read all of this file before the first stage: it may change while the stages run.
 run() {
+    beside watch_progress
+    log "the page, from now on: $QUICKSTART/report.html"
     stage corpus "$QUICKSTART/corpus" "$PYTHON" tools/quickstart_corpus.py --output "$QUICKSTART/corpus"
-    stage conversations "$CONVERSATIONS" "$PYTHON" tools/quickstart_conversations.py --output "$CONVERSATIONS"
     stage base "$HF_CHECKPOINT" base
     stage data "$QUICKSTART/data" "$PYTHON" tools/prepare_data.py cpt --input "$QUICKSTART/corpus/train.jsonl" \
         --valid-input "$QUICKSTART/corpus/valid.jsonl" --tokenizer "$HF_CHECKPOINT" --output "$QUICKSTART/data"
-    stage bigram "$QUICKSTART/bigram.json" bigram
     stage base_torch_dist "$BASE" "$PYTHON" tools/convert_hf_to_torch_dist.py --input-dir "$HF_CHECKPOINT" --output-dir "$BASE"
+    stage pretraining "$QUICKSTART/pretrained" \
+        both pretrained "$QUICKSTART/data" "$BASE" "CPT/InfiR2_CPT_PRECISION_$MODEL" "${CPT_FLAGS[@]}"
+    if [[ $MODEL == tiny ]]; then beside set_up_evalscope 2>"$QUICKSTART/evalscope.log"; fi # `evaluation` waits for it
+    stage conversations "$CONVERSATIONS" "$PYTHON" tools/quickstart_conversations.py --output "$CONVERSATIONS" \
+        --questions "$QUESTIONS"
+    stage bigram "$QUICKSTART/bigram.json" bigram
     stage sft_data1 "$QUICKSTART/sft_data1" sft_data 1
     stage sft_data2 "$QUICKSTART/sft_data2" sft_data 2
-    stage pretraining "$QUICKSTART/pretrained" \
-        both pretrained "$QUICKSTART/data" "$BASE" "CPT/InfiR2_CPT_PRECISION_$MODEL"
     stage sft_stage1 "$QUICKSTART/fine_tuned1" \
         both fine_tuned1 "$QUICKSTART/sft_data1" "$QUICKSTART/InfiR2_CPT_PRECISION_$MODEL/checkpoints" \
-        "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage1"
+        "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage1" "${SFT_FLAGS[@]}"
     stage sft_stage2 "$QUICKSTART/fine_tuned2" \
         both fine_tuned2 "$QUICKSTART/sft_data2" "$QUICKSTART/InfiR2_SFT_PRECISION_${MODEL}_stage1/checkpoints" \
-        "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage2"
+        "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage2" "${SFT_FLAGS[@]}"
     stage tuned_to_hf "$QUICKSTART/hf/$TUNED" hf_of "$TUNED"
     beside stage accuracy "$QUICKSTART/accuracy.json" accuracy # it and the stages of reinforcement learning take a core each
     if ((${#REINFORCED[@]})); then
@@ -214,7 +259,9 @@ run() {
         stage evaluation "$QUICKSTART/evaluation/aime24/report" evaluation
     fi
     join
-    "$PYTHON" tools/quickstart_report.py "$QUICKSTART"
+    kill -- "-${BESIDE[0]}" # the page under way makes room for the finished one
+    wait "${BESIDE[0]}" 2>/dev/null || true
+    "$PYTHON" tools/quickstart_report.py "$QUICKSTART" "${REPORT_FLAGS[@]}"
     log "done in $((SECONDS - started)) s; open $QUICKSTART/report.html"
 }
 run; exit

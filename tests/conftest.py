@@ -8,6 +8,19 @@ from trainer import MODEL
 
 from infir2.indexed import IndexedWriter
 
+LONGEST = ("test_resume", "test_rl", "test_ray_launch", "test_training", "test_eval", "test_sft", "test_policy")
+ON_RAY = ("test_rl", "test_ray_launch")  # which look for a Ray on this machine
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Spread the files over the workers, the longest first; a file stays together, with what its tests share."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("ray" if name in ON_RAY else name))
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):

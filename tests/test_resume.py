@@ -62,12 +62,13 @@ def test_killed_anywhere(run_flags, whole, tmp_path):
     """
     generator, kinds = random.Random(20261121), itertools.cycle(("step", "file", "bytes", "file"))
     kills = in_save = lives = 0
+    # A save comes every 4 steps, and changes 8 files and folders.
     largest = max(path.stat().st_size for path in (whole / "checkpoints").rglob("*.distcp"))
     moments = {
         "step": (1, 9),
         "file": (1, 20),
         "bytes": (largest // 10, largest - 1),
-    }  # a save is every 4 steps, 8 changes
+    }
     while kills < KILLS:
         run = tmp_path / f"life{lives}"
         run.mkdir()

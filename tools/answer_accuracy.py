@@ -75,9 +75,9 @@ def respond(model_dir: Path, questions: list[str], max_new_tokens: int, label: s
     return responses
 
 
-def measure(models: dict[str, Path], sets: dict[str, Path], max_new_tokens: int) -> dict:
-    """By model and set: every answer, whether it is right, and the labels."""
-    problems = {name: read_problems(path) for name, path in sets.items()}
+def measure(models: dict[str, Path], sets: dict[str, Path], max_new_tokens: int, limit: int | None = None) -> dict:
+    """By model and set: every answer to its first `limit` problems, whether it is right, and the labels."""
+    problems = {name: read_problems(path)[:limit] for name, path in sets.items()}
     found: dict = {"labels": {name: [label for _, label in chosen] for name, chosen in problems.items()}, "models": {}}
     for model, folder in models.items():
         found["models"][model] = {}
@@ -104,9 +104,10 @@ def main() -> int:
     parser.add_argument("--problems", action="append", required=True, metavar="NAME=JSONL")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--limit", type=int, help="only the first problems of each set")
     args = parser.parse_args()
     try:
-        found = measure(named(args.model), named(args.problems), args.max_new_tokens)
+        found = measure(named(args.model), named(args.problems), args.max_new_tokens, args.limit)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,9 +1,9 @@
 """Make the quickstart's sums: conversations for SFT stages 1 and 2, prompts for RL stages 1 and 2.
 
-    python tools/quickstart_conversations.py --output DIR [--verses]
+    python tools/quickstart_conversations.py --output DIR [--verses] [--questions N]
 
 Writes DIR/stage1, DIR/stage2, DIR/rl1 and DIR/rl2, each with train.jsonl, valid.jsonl, test.jsonl and manifest.json,
-and DIR/aime24: test.jsonl, 24 test problems of each count of numbers, in the form that evalscope reads.
+and DIR/aime24: test.jsonl, --questions test problems of each count of numbers, in the form that evalscope reads.
 A line is a conversation (`messages`, the InfiAlign format; `label`, the answer); of RL's training sets a prompt
 (`prompt`, `label`). Nothing is downloaded. All numbers are from 10 to 99:
 
@@ -38,20 +38,20 @@ from random import Random
 from infir2.indexed import DataError
 from infir2.receipts import building, reusable, tool_facts, write_manifest
 
-VERSION = 9  # raise it when the same request would give other bytes
+VERSION = 10  # raise it when the same request would give other bytes
 NUMBERS = range(10, 100)
 DIGITS = 3  # of every number in an answer's working: four numbers make 396 at most
 # By set, and by how many numbers a problem has: problems to train on. Held out are those of `HELD_OUT`.
 TRAIN = {
-    "stage1": {2: 3210, 3: 630},
-    "stage2": {2: 1120, 3: 7280, 4: 9520},
+    "stage1": {2: 2675, 3: 525},
+    "stage2": {2: 960, 3: 6240, 4: 8160},
     "rl1": {3: 512, 4: 1536},
     "rl2": {4: 2048},
 }
 HASTY = {("stage2", 4): 0.65}  # share of a set's problems of so many numbers that is answered without working
 HELD_OUT = {"stage1": (2,), "stage2": (3,), "rl1": (3, 4), "rl2": (4,)}
 COUNTS = {"valid": 256, "test": 512}
-BENCHMARK = 24  # problems of each count of numbers
+BENCHMARK = 24  # problems of each count of numbers, for evalscope
 
 Problem = tuple[int, ...]
 
@@ -149,10 +149,10 @@ def sums(name: str, seed: int) -> dict[str, list[dict]]:
     return splits
 
 
-def benchmark(seed: int) -> dict[str, list[dict]]:
+def benchmark(questions: int, seed: int) -> dict[str, list[dict]]:
     """Test problems of two to four numbers, in evalscope's form."""
     random = Random(f"benchmark {seed} {VERSION}")
-    return {"test": [as_benchmark(problem) for n in (2, 3, 4) for problem in draw(random, n, "test", BENCHMARK)]}
+    return {"test": [as_benchmark(problem) for n in (2, 3, 4) for problem in draw(random, n, "test", questions)]}
 
 
 def verses(seed: int) -> dict[str, list[dict]]:
@@ -180,12 +180,14 @@ def write(path: Path, conversations: Iterable[dict]) -> None:
         file.writelines(json.dumps(conversation, ensure_ascii=False) + "\n" for conversation in conversations)
 
 
-def build(output: Path, seed: int, with_verses: bool, arguments: Sequence[str]) -> Iterator[str]:
+def build(output: Path, seed: int, questions: int, with_verses: bool, arguments: Sequence[str]) -> Iterator[str]:
     """Make each set; yields its folder."""
     sets: dict[str, Callable[[int], dict[str, list[dict]]]] = {name: partial(sums, name) for name in TRAIN}
-    sets |= {"aime24": benchmark} | ({"verses": verses} if with_verses else {})
+    sets |= {"aime24": partial(benchmark, questions)} | ({"verses": verses} if with_verses else {})
     for name, make in sets.items():
         request = {"stage": name, "version": VERSION, "seed": seed}
+        if name == "aime24":
+            request["questions"] = questions
         if not reusable(output / name, request):
             splits = make(seed)
             with building(output / name) as folder:
@@ -202,10 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the sets")
     parser.add_argument("--verses", action="store_true", help="the Bible's verses too")
+    parser.add_argument("--questions", type=int, default=BENCHMARK, help="in aime24, of each count of numbers")
     parser.add_argument("--seed", type=int, default=1236)
     args = parser.parse_args(arguments)
     try:
-        for line in build(args.output, args.seed, args.verses, arguments):
+        for line in build(args.output, args.seed, args.questions, args.verses, arguments):
             print(line)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -54,6 +54,7 @@ FILES = (
     ("accuracy.json", "accuracy", ("models",)),
 )
 FACTS = ("train_iters", "padded_vocab_size", "global_batch_size", "seq_length", "num_layers", "hidden_size")
+QUICK_NOTE = "A quick run, of a few steps a stage: it shows that the installation works. Its scores mean nothing."
 GAP_LIMIT_PERCENT = 1.0  # what the recipe claims for FP8 beside its BF16 twin
 PREPARED = ("data", "sft_data1", "sft_data2")  # folders of tools/prepare_data.py, each with its receipt
 PROBLEMS = {"stage1": "two numbers", "stage2": "three numbers"}  # the held-out problems of each stage
@@ -115,6 +116,7 @@ class Quickstart:
     answers: dict[str, Any]
     accuracy: dict[str, dict[str, dict[str, list]]]  # run's name to set of problems to `right`, one for each problem
     learning: Learning
+    quick: bool = False  # a few steps a stage: the numbers say nothing
 
     @property
     def fp8(self) -> Run:
@@ -139,8 +141,11 @@ class Quickstart:
         return str(path)
 
 
-def load(folder: Path) -> Quickstart:
-    """Read a finished quickstart. ReportError names a file that is missing or damaged, and the stage that makes it."""
+def load(folder: Path, quick: bool = False) -> Quickstart:
+    """Read a finished quickstart, `quick` as in Quickstart.
+
+    ReportError names a file that is missing or damaged, and the stage that makes it.
+    """
     stages = read_stages(folder / "stages.tsv")
     model = find_model(folder)
     results = {stage.name: stage.result for stage in stages}
@@ -166,6 +171,7 @@ def load(folder: Path) -> Quickstart:
         answers=found["answers.json"],
         accuracy=found["accuracy.json"]["models"],
         learning=read_learning(folder, model, results),
+        quick=quick,
     )
 
 
@@ -333,7 +339,9 @@ def ending(quickstart: Quickstart) -> Ending:
 
 
 def verdicts(quickstart: Quickstart) -> list[Verdict]:
-    """What the quickstart is there to show, each with whether it did."""
+    """What the quickstart is there to show, each with whether it did; nothing of a quick one."""
+    if quickstart.quick:
+        return []
     end, fp8, bf16 = ending(quickstart), quickstart.fp8, quickstart.bf16
     differing = unequal_settings(quickstart)
     return [
@@ -531,6 +539,7 @@ def text_report(quickstart: Quickstart) -> str:
     rows = [HEADER, *table(quickstart)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     lines = [f"Quickstart in {quickstart.folder}", base_note(quickstart)]
+    lines += [QUICK_NOTE] if quickstart.quick else []
     lines += [f"{fp8_note(quickstart)} The run said: {quickstart.fp8.proof}.", ""]
     for row in rows:
         middle = "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:-1], widths[1:-1], strict=True))
@@ -726,6 +735,7 @@ def page(quickstart: Quickstart) -> str:
         "light": css_variables(LIGHT),
         "dark": css_variables(DARK),
         "base_note": safe(base_note(quickstart)),
+        "quick": f'<p class="quick">{safe(QUICK_NOTE)}</p>' if quickstart.quick else "",
         "fp8_note": safe(fp8_note(quickstart)),
         "model": safe(model_words(quickstart.fp8.facts)),
         "figures": "".join(figures(end)),
@@ -1025,6 +1035,7 @@ code { font: .86em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mon
 .figures dt { color: var(--muted); font-size: .85rem; }
 .figures dd { margin: 0; font-size: 1.5rem; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.3; }
 .figures small { font-weight: 400; }
+.quick { padding: .6rem 1rem; border-radius: .5rem; background: var(--shade); border-left: .25rem solid var(--fp8); }
 .verdicts { list-style: none; margin: 0; padding: 0; }
 .verdicts li { display: flex; gap: .9rem; padding: .55rem 0; border-top: 1px solid var(--grid); line-height: 1.4; }
 .verdicts b { flex: none; align-self: start; width: 2.9rem; border-radius: 1rem; text-align: center;
@@ -1074,6 +1085,7 @@ footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--grid
 <h1>InfiR2 quickstart: FP8 beside BF16</h1>
 <p>$base_note $fp8_note</p>
 <p class="note">$model.</p>
+$quick
 </header>
 <dl class="figures">
 $figures</dl>
@@ -1133,10 +1145,12 @@ def write(path: Path, content: bytes) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("quickstart", type=Path, metavar="QUICKSTART_DIR", help="folder of scripts/quickstart.sh")
-    folder = parser.parse_args(arguments).quickstart
+    parser.add_argument("--quick", action="store_true", help="of QUICK=1: draw no verdict, and say why")
+    args = parser.parse_args(arguments)
+    folder = args.quickstart
     sys.stdout.reconfigure(errors="replace")  # a model may answer in characters that the terminal lacks
     try:
-        quickstart = load(folder)
+        quickstart = load(folder, args.quick)
         print(text_report(quickstart))
         write(folder / "report.png", png(draw(quickstart, 9, 6.5)))
         write(folder / "report_learning.png", png(draw_learning(quickstart, *learning_sizes(quickstart)[0])))
