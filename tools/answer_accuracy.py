@@ -12,12 +12,13 @@ FILE.json holds, by model and set of problems, every answer and whether it is ri
 
 import argparse
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
+
+from infir2 import files
 
 BATCH = 128
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
@@ -107,9 +108,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    partial = args.output.with_name(f".{args.output.name}.partial")
-    partial.write_text(json.dumps(found), encoding="utf-8")
-    os.replace(partial, args.output)
+    files.write_text(args.output, json.dumps(found))
     return 0
 
 

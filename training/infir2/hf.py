@@ -12,6 +12,7 @@ The rest is what this recipe's folders hold: which tensors a Qwen2 model has, wh
 File format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the data).
 """
 
+import contextlib
 import copy
 import itertools
 import json
@@ -24,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 from xxhash import xxh3_64_intdigest
 
-from infir2 import fp8
+from infir2 import files, fp8
 from infir2.qwen2 import ARCHITECTURE, Shape
 
 SINGLE = "model.safetensors"
@@ -201,7 +202,6 @@ class HFWriter:
         self.path = Path(path)
         self.config: dict = copy.deepcopy(like.config) if like else {}
         self._like, self._shard_bytes, self._expected_bytes = like, shard_bytes, expected_bytes
-        self._temporary = self.path.parent / f".{self.path.name}.partial-{os.getpid()}"
         self._shards: list[_Shard] = []
         self._pool = ThreadPoolExecutor(workers)
         self._on_the_way: deque[tuple[str, list[Future[int]]]] = deque()
@@ -209,27 +209,31 @@ class HFWriter:
         self._finished = False
 
     def __enter__(self) -> Self:
-        if self.path.exists():
-            raise FileExistsError(f"{self.path} exists; choose another output folder or remove it")
+        files.refuse_existing(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self.path.parent).free) < self._expected_bytes:
             raise OSError(
                 f"{self.path} needs {self._expected_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
                 "free some space or choose another output folder"
             )
-        self._temporary.mkdir()
+        with contextlib.ExitStack() as opened:
+            self._temporary = opened.enter_context(files.building(self.path))
+            opened.callback(self._close)
+            opened.push(self._finish_unless_failed)
+            self._opened = opened.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._finish()
-                os.rename(self._temporary, self.path)
-        finally:
-            self._pool.shutdown(cancel_futures=True)
-            for shard in self._shards:
-                shard.file.close()
-            shutil.rmtree(self._temporary, ignore_errors=True)
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    def _finish_unless_failed(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
+
+    def _close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for shard in self._shards:
+            shard.file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor, [...] of any dtype in `DTYPES`, on any device. It must not change afterwards: it is written
