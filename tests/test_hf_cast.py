@@ -238,7 +238,7 @@ def test_wrong_codes_are_found(model, tmp_path, monkeypatch, caplog):
         return codes, scale_inv
 
     monkeypatch.setattr(fp8, "quantize", wrong)
-    assert to_fp8(model, tmp_path / "out") == 1
+    assert to_fp8(model, tmp_path / "out") == 2
     assert "is off by" in caplog.text
     assert not (tmp_path / "out").exists()
 
@@ -300,7 +300,7 @@ def test_command_line_switches_agree(model, tmp_path, monkeypatch, capsys):
             to_fp8(model, tmp_path / "d", *flags)
     assert "--force-pow-2-scale asks for pow2 and --scale-fmt for fp32" in capsys.readouterr().err
     monkeypatch.setenv("SCALE_FMT", "e8m0")
-    assert to_fp8(model, tmp_path / "d") == 1
+    assert to_fp8(model, tmp_path / "d") == 2
     assert not (tmp_path / "d").exists()
 
 
@@ -405,14 +405,14 @@ SHARD_FAULTS = {
 
 def assert_refused(run, source: Path, target: Path, message: str, caplog) -> None:
     before = {f.name for f in target.parent.iterdir()}
-    assert run(source, target) == 1
+    assert run(source, target) == 2
     assert message in caplog.text
     assert {f.name for f in target.parent.iterdir()} == before
 
 
 @pytest.mark.parametrize("fault", SINGLE_FAULTS)
 def test_bad_input_is_refused_by_name(model, tmp_path, caplog, fault):
-    """Pins half-written or silently wrong output for broken input: a message, status 1, and no new file."""
+    """Pins half-written or silently wrong output for broken input: a message, status 2, and no new file."""
     make, message = SINGLE_FAULTS[fault]
     make(model)
     assert_refused(to_fp8, model, tmp_path / "out", message, caplog)
