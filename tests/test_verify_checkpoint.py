@@ -173,7 +173,7 @@ def test_layers_that_training_kept_in_bf16_stay_there(deep, tmp_path, capsys):
 
 
 def test_the_precision_can_be_named(deep, tmp_path, caplog):
-    """Pins: no way to say which layers stay in BF16 where config.json records nothing, or a precision without a name."""
+    """Pins: no way to say which layers stay in BF16 where config.json does not."""
     edit_config(deep, infir2=None)
     assert to_fp8(deep, tmp_path / "a", "--precision", "fp8-ffn") == 0
     assert report_of(tmp_path / "a", "--source", str(deep))[1]["summary"]["fp8_tensors"] == 12

@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from infir2 import files
+from infir2.stop_tokens import stop_tokens
 
 BATCH = 128
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
@@ -54,7 +55,7 @@ def respond(model_dir: Path, questions: list[str], max_new_tokens: int, label: s
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
     if torch.cuda.is_available():
         model = model.cuda()
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = sorted(stop_tokens(model_dir))
     responses = []
     for start in tqdm(range(0, len(questions), BATCH), desc=label, disable=None):
         chats = [[{"role": "user", "content": question}] for question in questions[start : start + BATCH]]
