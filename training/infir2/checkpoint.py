@@ -169,10 +169,18 @@ class TorchDist:
         return out
 
     def _read_item(self, key: str, offsets: torch.Size) -> Tensor:
-        item = self._items[key, tuple(offsets)]
+        item = self._items.get((key, tuple(offsets)))
+        if item is None:
+            raise CheckpointError(f"the index of {self.folder} names no file for a part of {key}; copy it again")
         with open(self.folder / item.relative_path, "rb") as file:
             file.seek(item.offset)
-            return torch.load(io.BytesIO(file.read(item.length)), map_location="cpu", weights_only=True)
+            data = file.read(item.length)
+        try:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes are read as anything
+            raise CheckpointError(
+                f"{self.folder / item.relative_path} is damaged: {key} cannot be read ({error!r:.200}); copy it again"
+            ) from error
 
     @property
     def _items(self) -> dict:
@@ -209,9 +217,27 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _refuse_other_index(index: object) -> None:
+    """Any error unless all that is read of an index is there, and is what it should be."""
+    right = True
+    for key, entry in index.state_dict_metadata.items():
+        if hasattr(entry, "chunks"):
+            right &= isinstance(key, str) and isinstance(entry.properties.dtype, torch.dtype)
+            right &= all(len(chunk.offsets) == len(chunk.sizes) == len(entry.size) for chunk in entry.chunks)
+    for item, place in index.storage_data.items():
+        right &= isinstance(item.fqn, str) and isinstance(place.relative_path, str)
+        right &= isinstance(place.offset + place.length, int)
+    if not right:
+        raise ValueError("its entries are of other types")
+
+
 def _read_index(path: Path):
     try:
         with open(path, "rb") as file:
-            return _IndexUnpickler(file).load()
-    except (EOFError, pickle.UnpicklingError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint index {path} cannot be read ({error}): half-written or damaged") from error
+            index = _IndexUnpickler(file).load()
+        _refuse_other_index(index)
+        return index
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # a damaged pickle is a program: anything can go wrong in it
+        raise CheckpointError(f"checkpoint index {path} cannot be read ({error!r}): half-written or damaged") from error

@@ -187,7 +187,8 @@ class HFReader:
 class HFWriter:
     """Writes a model folder, all or nothing. Use with `with`; add tensors one by one.
 
-    config starts as a copy of like's; its tokenizer, templates and other side files are copied. Shards end before
+    config starts as a copy of like's; its tokenizer, templates and other side files are copied, but for those that
+    side_files gives by name, as objects of JSON. Shards end before
     shard_bytes (a single shard becomes model.safetensors, without an index). expected_bytes is checked against the
     free space of the disk first. Tensors are written by `workers` threads, in pieces, each to its own place.
 
@@ -205,6 +206,7 @@ class HFWriter:
     ) -> None:
         self.path = Path(path)
         self.config: dict = copy.deepcopy(like.config) if like else {}
+        self.side_files: dict[str, dict] = {}
         self._like, self._shard_bytes, self._expected_bytes = like, shard_bytes, expected_bytes
         self._shards: list[_Shard] = []
         self._pool = ThreadPoolExecutor(workers)
@@ -310,6 +312,8 @@ class HFWriter:
         for file in self._like.side_files() if self._like else ():
             (self._temporary / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(self._like.path / file, self._temporary / file)
+        for name, content in self.side_files.items():
+            _write_json(self._temporary / name, content)
 
     def _refuse_wrong_config(self) -> None:
         """A config with another precision than the weights makes every engine read noise, without an error."""
@@ -638,7 +642,10 @@ def check_qwen2(reader: HFReader, *, in_fp8: bool) -> Shape:
         if not any(map(_is_scale, expected)):
             raise ValueError(f"{reader.path}/{CONFIG} has a quantization_config, but no tensor is FP8; remove it")
     elif in_fp8_already := [n for n in reader.names if reader.dtype(n) in FP8_DTYPES or _is_scale(n)]:
-        raise ValueError(f"{reader.path} is FP8 already: it holds {in_fp8_already[0]!r}")
+        raise ValueError(
+            f"{reader.path} is FP8 already: it holds {in_fp8_already[0]!r}. Take the model that it was cast from, or "
+            "cast it back with tools/fp8_cast_bf16.py"
+        )
     elif "quantization_config" in reader.config:
         raise ValueError(f"{reader.path}/{CONFIG} has a quantization_config, but no tensor is FP8; remove one of them")
     _refuse_other_tensors(reader, expected)
