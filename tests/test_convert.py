@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rl_model import tokenizer_folder
 from safetensors.torch import load_file, save_file
 from test_stop_tokens import CHATML, TOKENS, model_folder
 from tolerances import LOGITS
@@ -406,3 +407,30 @@ def test_a_value_beyond_fp16_is_refused(both):
     with_megatron("convert_hf_to_torch_dist", "convert", both / "hf", both / "dist")
     with pytest.raises(ValueError, match=r"'model.norm.weight' has inf"):
         export(both, "float16")
+
+
+def test_a_base_is_made_of_a_tokenizer_or_refused(tmp_path, capsys, monkeypatch):
+    """Pins: a traceback for a folder without a tokenizer or with a damaged one; weights that their maker alone can
+    read."""
+    import make_base_model
+
+    def main(tokenizer: Path) -> int:
+        words = ["make", "--tokenizer", str(tokenizer), "--output-dir", str(tmp_path / "out"), "--layers", "1"]
+        monkeypatch.setattr(sys, "argv", words)
+        return make_base_model.main()
+
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    broken.mkdir()
+    (broken / "tokenizer.json").write_text("{")
+    for folder, message in ((empty, "holds no tokenizer"), (tmp_path / "gone", "holds no"), (broken, "cannot be read")):
+        assert main(folder) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert not (tmp_path / "out").exists()
+    tokenizer_folder(tmp_path / "tokenizer")
+    assert main(tmp_path / "tokenizer") == 0
+    (tmp_path / "plain").touch()
+    assert {(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == {
+        (tmp_path / "plain").stat().st_mode & 0o777
+    }
