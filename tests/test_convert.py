@@ -230,6 +230,13 @@ TOLD = {"RoPE": {"rope_parameters": ROPE}, "epsilon": {"rms_norm_eps": 1e-5}, "h
 TOLD["heads"] |= {"num_key_value_heads": 4, "head_dim": 8}  # 8 + 2 x 4 heads of 8 have the rows of 4 + 2 x 2 of 16
 
 
+def test_rows_of_a_converted_vocabulary_are_all_kept(both):
+    """Pins: an origin with a few rows less, by which the last tokens are cut off as if they were padding."""
+    edit_json(both / "hf" / "config.json", vocab_size=490)
+    with pytest.raises(ValueError, match=r"vocab_size is 490 in .*, 500 in source.json"):
+        export(both)
+
+
 @pytest.mark.parametrize("record", [without_a_record, as_a_run, lambda folder: None], ids=["none", "run", "source"])
 @pytest.mark.parametrize("other", SHOWN | TOLD)
 def test_another_model_is_no_origin(both, record, other):
@@ -375,6 +382,19 @@ def test_the_export_names_the_end_of_a_turn(both, named, wanted, fine_tuned):
     model = Qwen2ForCausalLM.from_pretrained(out)
     assert model.generation_config.eos_token_id == wanted
     assert model.generation_config.do_sample
+
+
+def test_the_end_of_a_turn_is_that_of_the_fine_tuning_before(both):
+    """Pins: a model of reinforcement learning, and an origin without a chat template, of which no stop token is known
+    but the base's."""
+    chat(both, config=100)
+    edit_json(both / "hf" / "tokenizer_config.json", chat_template=None)
+    tuned = both / "tuned"
+    tuned.mkdir()
+    (tuned / "run.json").write_text(json.dumps(sft_data(both, "<|im_end|>")))
+    as_a_run(both, parent={"folder": str(tuned / "iter_0000010")})
+    found = json.loads((export(both) / "generation_config.json").read_text())
+    assert found["eos_token_id"] == [102, 100]
 
 
 def test_data_that_ends_turns_otherwise_than_the_template_is_refused(both):

@@ -23,7 +23,7 @@ from test_hf_cast import (
 )
 from trainer import FP8, train
 
-from infir2 import fp8, hf
+from infir2 import fp8, hf, precision, receipts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import convert_torch_dist_to_hf
@@ -321,6 +321,25 @@ def test_export_records_the_run(tmp_path, trained):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json cannot be read"):
         convert_torch_dist_to_hf.training_record(iteration, True)
+
+
+@pytest.mark.parametrize("name", [*precision.PRECISIONS, "own"])
+def test_export_records_which_layers_were_trained_in_bf16(tmp_path, name):
+    """Pins: a caster that cannot know which layers were never trained in FP8."""
+    words = precision.PRECISIONS["fp8-mlp" if name == "own" else name].flags
+    value = dict(zip(words, (*words[1:], ""), strict=True))
+    table = value.get("--te-precision-config-file")
+    run = {
+        "scale_fmt": None,
+        "fp8": value.get("--fp8-format"),
+        "fp8_recipe": value.get("--fp8-recipe", "delayed"),  # Megatron's default
+        "first_last_layers_bf16": "--first-last-layers-bf16" in value,
+        "te_precision_config": table and ("0" * 64 if name == "own" else receipts.sha256_file(Path(table))),
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert precision.of_run(run) == (None if name == "own" else name)
+    record = convert_torch_dist_to_hf.training_record(tmp_path / "iter_0000020", True)
+    assert record.get("precision") == {"fp8-mlp": "fp8-mlp", "fp8-ffn": "fp8-ffn", "own": "without a name"}.get(name)
 
 
 def test_format_follows_the_weights(run_flags, tmp_path, caplog):

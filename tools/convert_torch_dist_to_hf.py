@@ -126,7 +126,7 @@ def check_origin(stored: TorchDist, shape: Shape, origin: Path, run: dict[str, A
 def _agree(name: str, value: Any, found: Any) -> bool:
     if name == "padded_vocab_size":
         return 0 <= found - value < PADDING
-    return name == "vocab_size" or value == found
+    return value == found
 
 
 def _refuse_homeless(stored: TorchDist, shape: Shape, origin: Path) -> None:
@@ -147,22 +147,24 @@ def _read(stored: TorchDist, take_masters: bool, entry: Entry, shape: Shape) -> 
         raise CheckpointError(
             f"{stored.folder} has no {entry.megatron}; is {shape.layers} layers what it was trained with?"
         )
-    tensor = stored.read(name)
     sizes = hf.qwen2_tensors(shape)
-    expected = entry.join(*(torch.empty(sizes[part], device="meta") for part in entry.hf)).shape
-    if entry.megatron in BY_TOKEN and 0 <= len(tensor) - shape.vocab < PADDING:
-        tensor = tensor[: shape.vocab]
-    if tensor.shape != expected:
-        raise CheckpointError(f"{stored.folder}: {name} is {list(tensor.shape)}, config.json implies {list(expected)}")
-    return tensor
+    expected = list(entry.join(*(torch.empty(sizes[part], device="meta") for part in entry.hf)).shape)
+    key, layer = stored.locate(name)
+    found = list(stored.shape(key))[0 if layer is None else 1 :]
+    padding = found[0] - expected[0] if entry.megatron in BY_TOKEN and found else 0
+    if found[1:] != expected[1:] or found[:1] != [expected[0] + padding] or not 0 <= padding < PADDING:
+        raise CheckpointError(f"{stored.folder}: {name} is {found}, config.json implies {expected}")
+    return stored.read(name)[: expected[0]]
 
 
 # What ends a response
 
 
 def data_end_of_turn(run: dict[str, Any]) -> str | None:
-    """The token with which the run's fine-tuning data ends a turn, from its manifest; None for a run without such data,
-    and where the manifest is gone or another one by now."""
+    """The token with which the data of the run, or of the fine-tuning that it began with, ends a turn, from the data's
+    manifest; None without such data, and where the manifest is gone or another one by now."""
+    while not run.get("sft_data") and run.get("parent"):
+        run = recorded_run(Path(run["parent"]["folder"]))
     folder = Path(run.get("sft_data") or "")
     manifest = folder / receipts.MANIFEST
     recorded = (run.get("data_manifests") or {}).get(str(folder))

@@ -108,7 +108,7 @@ def config_faults(reader: hf.HFReader, in_fp8: bool, allow_mixed_scales: bool) -
             yield f"{hf.CONFIG} says dtype {stated}, the tensors are {', '.join(sorted(map(str, plain)))}"
     index = reader.path / hf.INDEX
     if index.is_file():
-        said = json.loads(index.read_text()).get("metadata", {}).get("total_size")
+        said = (json.loads(index.read_text()).get("metadata") or {}).get("total_size")
         size = sum(map(reader.nbytes, reader.names))
         if said != size:
             yield f"{hf.INDEX} says total_size {said}, the tensors have {size} bytes; write the index again"
@@ -311,7 +311,6 @@ def describe(report: dict) -> str:
 
 
 def write_report(report: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, json.dumps(report, indent=1) + "\n")
 
 

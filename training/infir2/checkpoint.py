@@ -160,6 +160,8 @@ class TorchDist:
             if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
                 continue
             data = self._read_item(key, chunk.offsets)
+            if list(data.shape) != sizes:
+                raise CheckpointError(f"{self.folder}: a part of {name} is {list(data.shape)}, its index says {sizes}")
             if layer is not None:
                 data, offsets, sizes = data[layer - offsets[0]], offsets[1:], sizes[1:]
             out[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = data

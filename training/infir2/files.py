@@ -21,6 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, to be written by the caller; then it becomes `path`. After an error the
     temporary file is removed, and `path` is as it was. Another process that writes the same file waits."""
     partial = partial_name(path)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     with _locked(partial, os.O_WRONLY | os.O_CREAT, wait=True) as lock:
         try:
             yield partial

@@ -171,7 +171,7 @@ class HFReader:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map; write the folder again with save_pretrained")
         for name, file in weight_map.items():
-            if not (self.path / file).is_file():
+            if not isinstance(file, str) or not (self.path / file).is_file():
                 raise FileNotFoundError(f"{INDEX} places {name!r} in {file}, which does not exist in {self.path}")
         return weight_map
 
