@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import signal
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from infir2 import fp8, hf
+from infir2 import files, fp8, hf
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bf16_cast_fp8
@@ -238,7 +240,7 @@ def test_wrong_codes_are_found(model, tmp_path, monkeypatch, caplog):
         return codes, scale_inv
 
     monkeypatch.setattr(fp8, "quantize", wrong)
-    assert to_fp8(model, tmp_path / "out") == 1
+    assert to_fp8(model, tmp_path / "out") == 2
     assert "is off by" in caplog.text
     assert not (tmp_path / "out").exists()
 
@@ -300,7 +302,7 @@ def test_command_line_switches_agree(model, tmp_path, monkeypatch, capsys):
             to_fp8(model, tmp_path / "d", *flags)
     assert "--force-pow-2-scale asks for pow2 and --scale-fmt for fp32" in capsys.readouterr().err
     monkeypatch.setenv("SCALE_FMT", "e8m0")
-    assert to_fp8(model, tmp_path / "d") == 1
+    assert to_fp8(model, tmp_path / "d") == 2
     assert not (tmp_path / "d").exists()
 
 
@@ -381,6 +383,81 @@ SINGLE_FAULTS = {
     "architecture": (set_config(architectures=["LlamaForCausalLM"]), "this tool knows: Qwen2ForCausalLM"),
     "other head": (set_config(architectures=["Qwen2ForSequenceClassification"]), "this tool knows: Qwen2ForCausalLM"),
     "FP8 config": (set_config(quantization_config={}), "has a quantization_config, but no tensor is FP8"),
+    "another head than the tied one": (
+        lambda f: save_file(read_folder(f) | {"lm_head.weight": torch.ones(320, 256)}, f / "model.safetensors"),
+        "'lm_head.weight' is not 'model.embed_tokens.weight'",
+    ),
+    "size in a string": (set_config(vocab_size="320"), "has vocab_size '320'; expected a positive whole number"),
+    "size that is true": (set_config(num_hidden_layers=True), "has num_hidden_layers True; expected a positive"),
+    "heads in no groups": (set_config(num_attention_heads=3, head_dim=128, num_key_value_heads=2), "3 heads are no"),
+    "uneven heads": (set_config(num_attention_heads=3, num_key_value_heads=3), "is no multiple of 3 heads"),
+    "epsilon in a string": (set_config(rms_norm_eps="1e-6"), "rms_norm_eps '1e-6'; expected a positive number"),
+}
+SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+VARIANTS = [  # fields of config.json by which the network would compute something else
+    {"hidden_act": "gelu"},
+    {"hidden_act": "relu2"},
+    {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_scaling": "dynamic"},
+    {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e6}},
+    {"rope_parameters": SECTIONS},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},  # and rope_theta says 1e6
+    {"rope_theta": 1000000.5},
+    {"rope_theta": 0},
+    {"partial_rotary_factor": 0.5},
+    {"use_sliding_window": True, "sliding_window": 4096},
+    {"layer_types": ["full_attention", "sliding_attention"]},
+    {"layer_types": ["linear_attention", "full_attention"]},
+    {"attention_dropout": 0.1},
+    {"hidden_dropout": 0.1},
+    {"attention_bias": False},
+    {"mlp_bias": True},
+    {"is_causal": False},
+    {"scale_emb": 12},
+    {"scale_depth": 1.4},
+    {"dim_model_base": 256},
+    {"embedding_multiplier": 12.0},
+    {"residual_multiplier": 0.22},
+    {"attention_multiplier": 0.0078125},
+    {"logits_scaling": 8.0},
+    {"logit_scale": 0.0625},
+    {"query_pre_attn_scalar": 256},
+    {"final_logit_softcapping": 30.0},
+    {"attn_logit_softcapping": 50.0},
+    {"mup_width_multiplier": 2},
+    {"use_qk_norm": True},
+    {"num_experts": 8},
+    {"num_nextn_predict_layers": 2},
+    {"use_mrope": True},
+    {"dual_chunk_attention_config": {"chunk_size": 262144}},
+    {"auto_map": {"AutoModelForCausalLM": "modeling_custom.Other"}},
+    {"model_type": "qwen3"},
+    {"architectures": None, "model_type": "llama"},
+    {"architectures": ["Qwen2ForCausalLM", "Other"]},
+]
+HARMLESS = {
+    "rope_scaling": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "use_sliding_window": False,
+    "sliding_window": 131072,
+    "max_window_layers": 28,
+    "layer_types": ["full_attention", "full_attention"],
+    "attention_dropout": 0.0,
+    "embedding_multiplier": 1.0,
+    "mlp_bias": False,
+    "use_mrope": False,
+    "num_experts": 0,
+    "final_logit_softcapping": None,
+    "initializer_range": 0.02,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+    "use_cache": True,
+    "transformers_version": "4.51.3",
+    "_name_or_path": "Qwen/Qwen2.5-7B",
+    "_attn_implementation_autoset": True,
+    "unsloth_version": "2025.1",
+    "output_attentions": False,
 }
 MAP = '"weight_map": {'
 SHARD_FAULTS = {
@@ -405,17 +482,60 @@ SHARD_FAULTS = {
 
 def assert_refused(run, source: Path, target: Path, message: str, caplog) -> None:
     before = {f.name for f in target.parent.iterdir()}
-    assert run(source, target) == 1
+    assert run(source, target) == 2
     assert message in caplog.text
     assert {f.name for f in target.parent.iterdir()} == before
 
 
 @pytest.mark.parametrize("fault", SINGLE_FAULTS)
 def test_bad_input_is_refused_by_name(model, tmp_path, caplog, fault):
-    """Pins half-written or silently wrong output for broken input: a message, status 1, and no new file."""
+    """Pins half-written or silently wrong output for broken input: a message, status 2, and no new file."""
     make, message = SINGLE_FAULTS[fault]
     make(model)
     assert_refused(to_fp8, model, tmp_path / "out", message, caplog)
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=lambda fields: "-".join(fields))
+def test_another_network_is_refused(model, tmp_path, caplog, fields):
+    """Pins: a config.json whose network is not the one that Megatron computes, taken for a plain Qwen2."""
+    edit_config(model, **fields)
+    assert_refused(to_fp8, model, tmp_path / "out", "config.json", caplog)
+
+
+def test_fields_that_change_nothing_are_no_reason_to_refuse(model, tmp_path):
+    edit_config(model, **HARMLESS)
+    assert to_fp8(model, tmp_path / "out") == 0
+    edit_config(model, architectures=None)
+    assert to_fp8(model, tmp_path / "again") == 0
+
+
+def test_a_tied_head_that_is_stored_too_is_taken(tmp_path):
+    tensors = weights()
+    model = write_folder(tmp_path / "model", tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    assert to_fp8(model, tmp_path / "out") == 0
+
+
+def kill_while_casting(model: Path, output: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        reader = hf.HFReader(model)
+        with hf.HFWriter(output, like=reader) as writer:
+            writer.add(LINEAR, reader.tensor(LINEAR))
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_a_killed_cast_leaves_nothing_behind_the_next_one(model, tmp_path, monkeypatch, caplog):
+    """Pins: `.NAME.partial-PID` that stays for good, and "File exists" where process ids repeat; a second cast to the
+    same folder that writes into the first."""
+    kill_while_casting(model, tmp_path / "out")
+    assert to_fp8(model, tmp_path / "out") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    (tmp_path / "plain").touch()
+    assert modes == {stat.S_IMODE((tmp_path / "plain").stat().st_mode)}
+    with files.building(tmp_path / "again"):
+        assert_refused(to_fp8, model, tmp_path / "again", "another process is building", caplog)
 
 
 @pytest.mark.parametrize("fault", SHARD_FAULTS)

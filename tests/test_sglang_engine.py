@@ -19,6 +19,7 @@ from infir2.rl import sglang_engine, sglang_weights
 from infir2.rl.rollout import Request, Response, Sampling
 from infir2.rl.sglang_engine import Client, Server
 from infir2.rl.sglang_weights import Digest, Engine, EngineError, WeightSender, digest
+from infir2.stop_tokens import stop_tokens
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=-1)
 
@@ -201,7 +202,7 @@ def test_stop_tokens_are_those_of_both_files(tmp_path):
     """Pins: a response that goes on after <|im_end|>, which only generation_config.json names."""
     (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert sglang_engine.stop_tokens(tmp_path) == {3, 4}
+    assert stop_tokens(tmp_path) == {3, 4}
 
 
 # The server's process

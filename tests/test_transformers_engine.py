@@ -219,20 +219,24 @@ def test_finish(engine, monkeypatch):
 
 
 def test_end_tokens(bf16, tmp_path):
-    """Those of generation_config.json, one or more, else of config.json; a model without one is refused."""
+    """Those of generation_config.json and config.json; a model without one is refused, and one whose chat template ends
+    a turn with another token. Pins: responses that go on past <|im_end|>, all of them truncated."""
     folder = tmp_path / "model"
     shutil.copytree(bf16, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     end = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<|im_end|>")
     assert end_tokens(folder) == {end}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
-    assert end_tokens(folder) == {3, 5}
+    assert end_tokens(folder) == {3, 5, end}
     (folder / "generation_config.json").unlink()
     assert end_tokens(folder) == {end}
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     with pytest.raises(ValueError, match="names no eos_token_id"):
         end_tokens(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 3}))
+    with pytest.raises(ValueError, match=rf"is \[3\], but its chat template ends a turn with <\|im_end\|> \({end}\)"):
+        TransformersEngine(folder, "pow2")
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=3), Sampling(0.8, top_p=0.4)], ids=["top-k", "top-p"])

@@ -23,7 +23,7 @@ from test_hf_cast import (
 )
 from trainer import FP8, train
 
-from infir2 import fp8, hf
+from infir2 import fp8, hf, precision, receipts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import convert_torch_dist_to_hf
@@ -123,7 +123,7 @@ FAULTS = {
     "static activations": (set_quantisation(activation_scheme="static"), "activation_scheme is 'static'"),
     "linear left out": (set_quantisation(modules_to_not_convert=["lm_head", "mlp"]), "names 'mlp', but"),
     "other training": (set_config(infir2={"trained_scale_fmt": "fp32"}), "training used fp32 ones"),
-    "no such folder": (lambda f: f.rename(f.with_name("gone")), "is not a folder"),
+    "another dtype": (set_config(dtype="float32"), "config.json says dtype float32, the tensors are torch.bfl"),
 }
 
 
@@ -136,6 +136,106 @@ def test_fault_is_named(cast, caplog, fault):
     assert status == 1
     assert any(message in found for found in report["faults"]), report["faults"]
     assert message in caplog.text
+
+
+def test_no_model_is_refused(tmp_path, cast, caplog):
+    """Pins status 1 for a call with a wrong path, as if a model had been checked."""
+    assert verify_checkpoint.main(["--model", str(tmp_path / "gone")]) == 2
+    assert verify_checkpoint.main(["--model", str(cast), "--source", str(tmp_path)]) == 2
+    assert "is not a Hugging Face model folder" in caplog.text
+
+
+MLP_KEEPS = {"precision": "fp8-mlp", "trained_scale_fmt": "pow2"}
+
+
+@pytest.fixture
+def deep(tmp_path) -> Path:
+    """Four layers, trained in fp8-mlp."""
+    config = BF16 | {"num_hidden_layers": 4, "infir2": MLP_KEEPS}
+    return write_folder(tmp_path / "deep", weights(config), config)
+
+
+def test_layers_that_training_kept_in_bf16_stay_there(deep, tmp_path, capsys):
+    """Pins: a caster that makes FP8 of layers that were never trained in it, of which no engine is told."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    assert to_fp8(deep, tmp_path / "fp8") == 0
+    status, report = report_of(tmp_path / "fp8", "--source", str(deep))
+    assert (status, report["faults"], report["summary"]["fp8_tensors"]) == (0, [], 6)
+    in_fp8 = {row["name"] for row in report["tensors"] if row["dtype"] == "float8_e4m3fn"}
+    assert in_fp8 == {f"model.layers.{i}.mlp.{part}_proj.weight" for i in (1, 2) for part in ("gate", "up", "down")}
+    left_out = hf.HFReader(tmp_path / "fp8").config["quantization_config"]["modules_to_not_convert"]
+    for name in filter(hf.is_fp8_linear, weights(BF16 | {"num_hidden_layers": 4})):
+        assert should_convert_module(name.removesuffix(".weight"), left_out) == (name in in_fp8)
+    assert {"model.layers.0.mlp.gate_up_proj", "model.layers.1.self_attn.qkv_proj"} <= set(left_out)  # SGLang's names
+    assert to_bf16(tmp_path / "fp8", tmp_path / "back") == 0
+    assert report_of(tmp_path / "back", "--source", str(tmp_path / "fp8"))[0] == 0
+
+
+def test_the_precision_can_be_named(deep, tmp_path, caplog):
+    """Pins: no way to say which layers stay in BF16 where config.json does not."""
+    edit_config(deep, infir2=None)
+    assert to_fp8(deep, tmp_path / "a", "--precision", "fp8-ffn") == 0
+    assert report_of(tmp_path / "a", "--source", str(deep))[1]["summary"]["fp8_tensors"] == 12
+    edit_config(deep, infir2=MLP_KEEPS | {"precision": "own"})
+    assert to_fp8(deep, tmp_path / "b") == 2
+    assert "infir2.precision is 'own'" in caplog.text
+    edit_config(deep, infir2=MLP_KEEPS)
+    assert to_fp8(deep, tmp_path / "c", "--precision", "fp8") == 0
+    status, report = report_of(tmp_path / "c")
+    assert status == 1
+    assert "training in fp8-mlp kept it in BF16" in report["faults"][0]
+
+
+def of_others(folder: Path, scales: torch.dtype, left_out: dict) -> None:
+    """Make an FP8 folder one as Qwen and DeepSeek publish them: other types of scales, one layer in BF16."""
+    for name, tensor in read_folder(folder).items():
+        if name.endswith("_scale_inv"):
+            replace_tensor(folder, name, tensor.to(scales))
+    for name in (n for n in weights() if n.startswith("model.layers.1.self_attn") and hf.is_fp8_linear(n)):
+        replace_tensor(folder, name, weights()[name])
+        replace_tensor(folder, f"{name}_scale_inv", None)
+    quantisation = json.loads((folder / "config.json").read_text())["quantization_config"]
+    for key in ("scale_fmt", "modules_to_not_convert"):
+        quantisation.pop(key, None)
+    edit_config(folder, quantization_config=quantisation | left_out)
+
+
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers"])
+@pytest.mark.parametrize(
+    ("scale_fmt", "scales"), [("fp32", torch.bfloat16), ("fp32", torch.float32), ("pow2", torch.float8_e8m0fnu)]
+)
+def test_fp8_folders_of_others_are_read(model, tmp_path, caplog, key, scale_fmt, scales):
+    """BF16 and E8M0 scales and some layers in BF16 are read, for what they mean. Pins a refusal of Qwen's and
+    DeepSeek's own FP8 models."""
+    folder = tmp_path / "fp8"
+    assert to_fp8(model, folder, "--scale-fmt", scale_fmt) == 0
+    kept = [f"model.layers.1.self_attn.{part}_proj" for part in "qkvo"]
+    of_others(folder, scales, {key: ["lm_head", *kept]})
+    status, report = report_of(folder)
+    assert (status, report["faults"], report["summary"]["scale_fmt"]) == (0, [], scale_fmt)
+    assert report["summary"]["fp8_tensors"] == 10
+    assert to_bf16(folder, tmp_path / "back") == 0
+    back, stored = read_folder(tmp_path / "back"), read_folder(folder)
+    wide = stored[SCALES].float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+    assert torch.equal(back[LINEAR], (stored[LINEAR].float() * wide[:256, :384]).bfloat16())
+    assert torch.equal(back[f"{kept[0]}.weight"], weights()[f"{kept[0]}.weight"])
+    assert report_of(tmp_path / "back", "--source", str(folder))[0] == 0
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit_config(folder, quantization_config=config | {key: ["lm_head"]})
+    status, report = report_of(folder)
+    assert status == 1
+    assert "which is not FP8; engines would convert it" in report["faults"][0]
+
+
+def test_all_zero_model(tmp_path, capsys):
+    """Pins a division by zero."""
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights().items()}
+    model = write_folder(tmp_path / "zero", zeros, BF16)
+    assert to_fp8(model, tmp_path / "fp8") == 0
+    assert "relative error of the FP8 weights 0.00%" in capsys.readouterr().out
+    assert report_of(tmp_path / "fp8", "--source", str(model))[0] == 0
+    assert to_bf16(tmp_path / "fp8", tmp_path / "back") == 0
 
 
 def test_all_faults_are_reported(cast):
@@ -188,7 +288,7 @@ def test_cast_refuses_another_scale_format(model, tmp_path, caplog, monkeypatch,
     record(model, trained)
     assert to_fp8(model, tmp_path / "default") == 0
     assert hf.scale_format_of(hf.HFReader(tmp_path / "default").config) == trained
-    assert to_fp8(model, tmp_path / "a", "--scale-fmt", other) == 1
+    assert to_fp8(model, tmp_path / "a", "--scale-fmt", other) == 2
     assert "relative weight error" in caplog.text
     assert "'model.layers.0.mlp.down_proj.weight': a second rounding, 2." in caplog.text
     assert "pass --allow-mixed-scales" in caplog.text
@@ -197,14 +297,14 @@ def test_cast_refuses_another_scale_format(model, tmp_path, caplog, monkeypatch,
     assert report_of(tmp_path / "b")[0] == 1
     assert report_of(tmp_path / "b", "--allow-mixed-scales")[0] == 0
     monkeypatch.setenv("SCALE_FMT", other)
-    assert to_fp8(model, tmp_path / "c") == 1
+    assert to_fp8(model, tmp_path / "c") == 2
     record(model, None)
     assert to_fp8(model, tmp_path / "d") == 0
 
 
 def test_record_must_be_known(model, tmp_path, caplog):
     record(model, "e8m0")
-    assert to_fp8(model, tmp_path / "out") == 1
+    assert to_fp8(model, tmp_path / "out") == 2
     assert "trained_scale_fmt is 'e8m0'" in caplog.text
 
 
@@ -223,6 +323,25 @@ def test_export_records_the_run(tmp_path, trained):
         convert_torch_dist_to_hf.training_record(iteration, True)
 
 
+@pytest.mark.parametrize("name", [*precision.PRECISIONS, "own"])
+def test_export_records_which_layers_were_trained_in_bf16(tmp_path, name):
+    """Pins: a caster that cannot know which layers were never trained in FP8."""
+    words = precision.PRECISIONS["fp8-mlp" if name == "own" else name].flags
+    value = dict(zip(words, (*words[1:], ""), strict=True))
+    table = value.get("--te-precision-config-file")
+    run = {
+        "scale_fmt": None,
+        "fp8": value.get("--fp8-format"),
+        "fp8_recipe": value.get("--fp8-recipe", "delayed"),  # Megatron's default
+        "first_last_layers_bf16": "--first-last-layers-bf16" in value,
+        "te_precision_config": table and ("0" * 64 if name == "own" else receipts.sha256_file(Path(table))),
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert precision.of_run(run) == (None if name == "own" else name)
+    record = convert_torch_dist_to_hf.training_record(tmp_path / "iter_0000020", True)
+    assert record.get("precision") == {"fp8-mlp": "fp8-mlp", "fp8-ffn": "fp8-ffn", "own": "without a name"}.get(name)
+
+
 def test_format_follows_the_weights(run_flags, tmp_path, caplog):
     """From a run with FP32 scales to its export to its FP8 model, without a word said about scales on the way."""
     run = tmp_path / "run"
@@ -237,7 +356,7 @@ def test_format_follows_the_weights(run_flags, tmp_path, caplog):
     convert_torch_dist_to_hf.convert(run / "checkpoints", tmp_path / "hf", origin, bfloat16, "masters")
     wanted = {"trained_scale_fmt": "fp32", "iteration": 1, "weights": "masters"}
     assert hf.HFReader(tmp_path / "hf").config["infir2"] == wanted
-    assert to_fp8(tmp_path / "hf", tmp_path / "refused", "--scale-fmt", "pow2") == 1
+    assert to_fp8(tmp_path / "hf", tmp_path / "refused", "--scale-fmt", "pow2") == 2
     assert "was trained in FP8 with fp32 scales, pow2 ones are asked for" in caplog.text
     assert to_fp8(tmp_path / "hf", tmp_path / "fp8") == 0
     status, report = report_of(tmp_path / "fp8", "--source", str(tmp_path / "hf"))

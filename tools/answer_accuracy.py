@@ -12,12 +12,14 @@ FILE.json holds, by model and set of problems, every answer and whether it is ri
 
 import argparse
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
+
+from infir2 import files
+from infir2.stop_tokens import stop_tokens
 
 BATCH = 128
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
@@ -56,7 +58,7 @@ def respond(model_dir: Path, questions: list[str], max_new_tokens: int, label: s
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
     if torch.cuda.is_available():
         model = model.cuda()
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = sorted(stop_tokens(model_dir))
     responses = []
     for start in tqdm(range(0, len(questions), BATCH), desc=label, disable=None):
         chats = [[{"role": "user", "content": question}] for question in questions[start : start + BATCH]]
@@ -111,9 +113,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    partial = args.output.with_name(f".{args.output.name}.partial")
-    partial.write_text(json.dumps(found), encoding="utf-8")
-    os.replace(partial, args.output)
+    files.write_text(args.output, json.dumps(found))
     return 0
 
 

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from infir2 import fp8, hf
+from infir2 import files, fp8, hf
 from infir2.qwen2 import Shape
 
 QWEN2_5_1_5B = {
@@ -60,10 +60,10 @@ def make_model(folder: Path, layers: int) -> None:
 
 
 def copy(source: Path, target: Path, device: str) -> None:
-    """The control: what reading and writing the same files costs."""
-    target.mkdir()
-    for shard in sorted(source.glob("*.safetensors")):
-        save_file(load_file(shard), target / shard.name)
+    """The control: what reading and writing the same files costs, until they are on the disk."""
+    with files.building(target) as folder:
+        for shard in sorted(source.glob("*.safetensors")):
+            save_file(load_file(shard), folder / shard.name)
 
 
 def cast(source: Path, target: Path, device: str, verify: bool = True) -> None:
@@ -77,16 +77,16 @@ def no_verify(source: Path, target: Path, device: str) -> None:
 
 def usual(source: Path, target: Path, device: str) -> None:
     """The control on a GPU: whole shards in memory, one tensor after the other, waiting for each."""
-    target.mkdir()
-    for shard in sorted(source.glob("*.safetensors")):
-        results = {}
-        for name, tensor in load_file(shard, device=device).items():
-            if hf.is_fp8_linear(name):
-                results[name], results[hf.scale_name(name)] = fp8.quantize(tensor, fp8.BLOCK, check_finite=False)
-                torch.cuda.synchronize()
-            else:
-                results[name] = tensor
-        save_file(results, target / shard.name)
+    with files.building(target) as folder:
+        for shard in sorted(source.glob("*.safetensors")):
+            results = {}
+            for name, tensor in load_file(shard, device=device).items():
+                if hf.is_fp8_linear(name):
+                    results[name], results[hf.scale_name(name)] = fp8.quantize(tensor, fp8.BLOCK, check_finite=False)
+                    torch.cuda.synchronize()
+                else:
+                    results[name] = tensor
+            save_file(results, folder / shard.name)
 
 
 ARMS: dict[str, Callable[[Path, Path, str], None]] = {
@@ -112,6 +112,7 @@ def measure(arm: str, source: Path, folder: Path, device: str) -> dict[str, floa
     target = folder / f"out-{arm}"
     shutil.rmtree(target, ignore_errors=True)
     command = [sys.executable, __file__, "--folder", str(folder), "--device", device, "--arm", arm]
+    command += ["--layers", source.name.removeprefix("model-")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     peak = 0
     while process.poll() is None:
@@ -142,7 +143,6 @@ def main() -> None:
     args = parser.parse_args()
     source = args.folder / f"model-{args.layers}"
     if args.arm:
-        source = next(args.folder.glob("model-*"))
         print(run_arm(args.arm, source, args.folder / f"out-{args.arm}", args.device))
         return
     if not source.exists():

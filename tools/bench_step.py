@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infir2 import precision
+from infir2 import files, precision
 from infir2.indexed import IndexedWriter
 from infir2.qwen2 import Shape, megatron_flags
 from infir2.speed import kernel_profile
@@ -414,9 +414,7 @@ def _one_line(result: dict) -> str:
 def _write(report: dict, output: Path) -> None:
     path = output.with_name(output.name + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=1))
-    os.replace(temporary, path)
+    files.write_text(path, json.dumps(report, indent=1))
 
 
 # What is printed

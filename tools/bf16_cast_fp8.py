@@ -5,9 +5,11 @@
 Weights of the transformer blocks' linear layers (q, k, v, o, gate, up, down) become FP8 E4M3 codes with one FP32
 inverse scale for each 128x128 block, `<name>_scale_inv`. Every other tensor is kept in BF16. The input may be BF16,
 FP16 or FP32, one file or shards; it is rounded to BF16 first, as in training, so the codes are those that training
-used. Scales are powers of two, or FP32 with --scale-fmt fp32 (environment: SCALE_FMT). Where config.json records the
-format that the model was trained with in FP8, that one is taken, and another one is refused with the error that it
-would add, unless --allow-mixed-scales says that this is meant.
+used. Layers that training kept in BF16 (precision fp8-mlp, fp8-ffn) stay in BF16, where config.json records that
+precision or --precision names it, and config.json tells the engines which. Scales are powers of two, or FP32 with
+--scale-fmt fp32 (environment: SCALE_FMT). Where config.json records the format that the model was trained with in
+FP8, that one is taken, and another one is refused with the error that it would add, unless --allow-mixed-scales says
+that this is meant.
 
 The output is checked before it gets its name: decoded again, every 32nd row of blocks is within FP8's rounding of the
 input, and the files, opened as a reader opens them, give back every byte that was handed to them. (To compare two
@@ -19,7 +21,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +29,8 @@ from torch import Tensor
 
 from infir2 import fp8, hf
 from infir2.precision import scale_format
+
+FP8_WEIGHTS = ("fp8", "fp8-mlp", "fp8-ffn")
 
 log = logging.getLogger("bf16_cast_fp8")
 
@@ -36,6 +40,7 @@ def cast(
     target: Path,
     scale_fmt: str | None = None,
     *,
+    precision: str | None = None,
     allow_mixed_scales: bool = False,
     verify: bool = True,
     workers: int = 1,
@@ -44,19 +49,25 @@ def cast(
     """Write target, the FP8 form of the folder source. Returns what was done, in one line.
 
     Without scale_fmt: the format that the environment names, else the recorded one of training, else powers of two.
+    Without precision: the recorded one of training, else every linear layer of the blocks becomes FP8.
     Refused: what `hf.HFReader`, `hf.HFWriter` and `hf.check_qwen2` refuse, sizes that break the 128 rule, tensors with
     NaN or Inf, and a scale format other than the recorded one.
     """
     reader = hf.HFReader(source)
-    hf.check_qwen2(reader, in_fp8=False).refuse_fp8()
+    shape = hf.check_qwen2(reader, in_fp8=False)
+    shape.refuse_fp8()
+    kept = hf.kept_in_bf16(shape, precision or hf.trained_precision(reader.config) or "fp8")
+    in_fp8 = {name for name in reader.names if hf.is_fp8_linear(name)} - kept
+    if not in_fp8:
+        raise ValueError(f"{source} has {shape.layers} layers, and training kept all of them in BF16: nothing to cast")
     scale_fmt = _scale_format(reader, scale_fmt, allow_mixed_scales)
-    with hf.HFWriter(target, like=reader, expected_bytes=_expected_bytes(reader), workers=workers) as writer:
-        writer.config["quantization_config"] = hf.fp8_quantization_config(scale_fmt)
+    with hf.HFWriter(target, like=reader, expected_bytes=_expected_bytes(reader, in_fp8), workers=workers) as writer:
+        writer.config["quantization_config"] = hf.fp8_quantization_config(scale_fmt, kept)
         hf.set_dtype(writer.config, "bfloat16")
 
         def quantise(name: str, tensor: Tensor) -> tuple[dict[str, Tensor], tuple[float, float]]:
-            if not hf.is_fp8_linear(name):
-                return hf.fp8_tensors(name, tensor, scale_fmt), (0.0, 0.0)
+            if name not in in_fp8:
+                return {name: hf.bf16_tensor(name, tensor)}, (0.0, 0.0)
             parts = hf.fp8_tensors(name, tensor.to(device), scale_fmt)
             parts = {part: result.cpu() for part, result in parts.items()}
             return parts, hf.rounding_error(name, tensor, *parts.values(), every=32) if verify else (0.0, 0.0)
@@ -66,11 +77,12 @@ def cast(
             errors.append(error)
             for name, tensor in tensors.items():
                 writer.add(name, tensor)
-        summary = _summary(reader, writer.written(), scale_fmt)
+        summary = _summary(reader, writer.written(), scale_fmt, len(in_fp8))
         if verify:
             writer.verify()
             noise, signal = (math.fsum(column) for column in zip(*errors, strict=True))
-            summary += f"; verified, relative error of the FP8 weights {math.sqrt(noise / signal):.2%}"
+            error = math.sqrt(noise / signal) if signal else 0.0
+            summary += f"; verified, relative error of the FP8 weights {error:.2%}"
     return f"{target}: {summary}"
 
 
@@ -89,14 +101,13 @@ def _scale_format(reader: hf.HFReader, asked: str | None, allow_mixed: bool) -> 
     return wanted
 
 
-def _expected_bytes(reader: hf.HFReader) -> int:
+def _expected_bytes(reader: hf.HFReader, in_fp8: Collection[str]) -> int:
     """Size of the output; a scale for each 16,384 weights and headers are within the 1 % on top."""
     elements = {name: math.prod(reader.shape(name)) for name in reader.names}
-    return int(1.01 * sum(n * (1 if hf.is_fp8_linear(name) else 2) for name, n in elements.items()))
+    return int(1.01 * sum(n * (1 if name in in_fp8 else 2) for name, n in elements.items()))
 
 
-def _summary(reader: hf.HFReader, written: hf.HFReader, scale_fmt: str) -> str:
-    in_fp8 = sum(map(hf.is_fp8_linear, reader.names))
+def _summary(reader: hf.HFReader, written: hf.HFReader, scale_fmt: str, in_fp8: int) -> str:
     before, after = (sum(map(folder.nbytes, folder.names)) / 1e9 for folder in (reader, written))
     return (
         f"{in_fp8} tensors in FP8 E4M3 with {scale_fmt} scales, {len(reader.names) - in_fp8} in BF16, "
@@ -120,6 +131,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-fp8-hf-path", type=Path, required=True, metavar="DIR", help="must not exist")
     parser.add_argument(
         "--scale-fmt", choices=fp8.SCALE_FORMATS, help="default: SCALE_FMT, else that of training, else pow2"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=FP8_WEIGHTS,
+        help="which layers become FP8; default: as config.json records of training, else all",
     )
     parser.add_argument(
         "--allow-mixed-scales",
@@ -152,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.input_bf16_hf_path,
             arguments.output_fp8_hf_path,
             arguments.scale_fmt,
+            precision=arguments.precision,
             allow_mixed_scales=arguments.allow_mixed_scales,
             verify=arguments.verify,
             workers=arguments.workers,
@@ -159,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (OSError, ValueError, TypeError) as error:
         log.error("error: %s", error)
-        return 1
+        return 2
     print(summary)
     return 0
 

@@ -3,23 +3,22 @@
 
     python tools/convert_hf_to_torch_dist.py --input-dir models/Qwen2.5-7B --output-dir models/Qwen2.5-7B_torch_dist
 
-Single file or sharded, tied or untied head, any float type: weights are kept as they are, bit for bit. The result holds
-weights only (Megatron's `release` folder); pass it as --pretrained-checkpoint. Memory: the model's weights once.
+Single file or sharded, tied or untied head, BF16, FP16 or FP32: weights are kept as they are, bit for bit. The result
+holds weights only (Megatron's `release` folder); pass it as --pretrained-checkpoint. Memory: the model's weights once.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from infir2 import backend
+from infir2 import backend, files
 from infir2.checkpoint import RELEASE, TRACKER
-from infir2.hf import HFReader
+from infir2.hf import HFReader, check_qwen2
 from infir2.qwen2 import Entry, Shape, entries
 
 # Modules of TransformerEngine for which Megatron asks a checkpoint for their (in these recipes empty) FP8 state.
@@ -33,23 +32,16 @@ _HAS_EXTRA_STATE = (
 
 
 def convert(source: Path, output: Path) -> None:
-    """Write `source` as a torch_dist checkpoint in the new folder `output`, which appears only when complete."""
-    if output.exists():
-        raise FileExistsError(f"{output} exists already; remove it or choose another folder")
+    """Write `source` as a torch_dist checkpoint in the new folder `output`, which appears only when complete. Refuses
+    what `hf.check_qwen2` refuses."""
+    files.refuse_existing(output)
     reader = HFReader(source)
-    shape = Shape.from_config(reader.config)
-    state = _sharded_state(reader, shape)
-    temporary = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / RELEASE).mkdir(parents=True)
-    try:
-        _save(state, temporary / RELEASE)
-        (temporary / TRACKER).write_text(RELEASE)
-        (temporary / "source.json").write_text(json.dumps(reader.config, indent=1) + "\n")
-        os.rename(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    shape = check_qwen2(reader, in_fp8=False)
+    with files.building(output) as folder:
+        (folder / RELEASE).mkdir()
+        _save(_sharded_state(reader, shape), folder / RELEASE)
+        (folder / TRACKER).write_text(RELEASE)
+        (folder / "source.json").write_text(json.dumps(reader.config, indent=1) + "\n")
 
 
 def _sharded_state(reader: HFReader, shape: Shape) -> dict:
@@ -57,10 +49,8 @@ def _sharded_state(reader: HFReader, shape: Shape) -> dict:
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
     state = {}
-    known = set()
     for entry in tqdm(list(entries(shape)), desc="reading", unit="tensor"):
         tensor = entry.join(*(reader.tensor(name) for name in entry.hf))
-        known.update(entry.hf)
         key, layer = _stacked(entry)
         offsets = () if layer is None else ((0, layer, shape.layers),)
         state[entry.megatron] = ShardedTensor.from_rank_offsets(
@@ -69,9 +59,6 @@ def _sharded_state(reader: HFReader, shape: Shape) -> dict:
         if entry.megatron.endswith(_HAS_EXTRA_STATE):
             at = ((1,), (0,)) if layer is None else ((shape.layers,), (layer,))
             state[f"{entry.megatron} extra"] = ShardedObject(f"{key.rpartition('.')[0]}._extra_state", None, *at)
-    unknown = set(reader.names) - known - ({"lm_head.weight"} if shape.tied else set())
-    if unknown:
-        raise ValueError(f"{len(unknown)} tensors have no place in a Qwen2 model, for example {sorted(unknown)[0]}")
     return state
 
 
@@ -96,7 +83,7 @@ def _save(state: dict, folder: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input-dir", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--output-dir", type=Path, required=True, help="new folder for the checkpoint")
@@ -106,9 +93,11 @@ def main() -> None:
     try:
         convert(args.input_dir, args.output_dir)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(args.output_dir)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

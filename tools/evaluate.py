@@ -28,6 +28,7 @@ from typing import Any
 
 from infir2 import serving
 from infir2.evaluation.benchmarks import BENCHMARKS, Benchmark, check
+from infir2.files import write_text as write
 from infir2.indexed import DataError
 from infir2.processes import GuardedProcess, exit_on_signals, without_proxy
 from infir2.receipts import sha256_file
@@ -174,12 +175,6 @@ def answers(model: Model) -> int:
     """How many answers are there."""
     files = (model.work_dir / "predictions" / model.name).glob("*.jsonl")
     return sum(len(path.read_text("utf-8").splitlines()) for path in files)
-
-
-def write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 # Asking and scoring

@@ -2,9 +2,10 @@
 
     python tools/fp8_cast_bf16.py --input-fp8-hf-path DIR --output-bf16-hf-path DIR
 
-Each weight becomes BF16(code * scale_inv). With power-of-two scales that is exact, and casting the result to FP8 again
-gives the same weights, value by value; a block whose largest code is exactly 224, half of E4M3's 448, comes back with
-half the scale and twice the codes. With FP32 scales BF16 rounds once more, by at most 2^-9 of a value.
+Scales may be FP32, BF16 (Qwen's own FP8 models) or exponents (E8M0, DeepSeek's), and linear layers may be in BF16.
+Each FP8 weight becomes BF16(code * scale_inv). With power-of-two scales that is exact, and casting the result to FP8
+again gives the same weights, value by value; a block whose largest code is exactly 224, half of E4M3's 448, comes
+back with half the scale and twice the codes. With FP32 scales BF16 rounds once more, by at most 2^-9 of a value.
 
 These weights hold FP8's rounding, 2.6 % of noise. To go on training, convert the training checkpoint instead.
 
@@ -30,20 +31,20 @@ log = logging.getLogger("fp8_cast_bf16")
 def cast(source: Path, target: Path, *, verify: bool = True, workers: int = 1) -> str:
     """Write target, the BF16 form of the FP8 folder source. Returns what was done, in one line."""
     reader = hf.HFReader(source)
-    scale_fmt = hf.scale_format_of(reader.config)
+    scale_fmt = hf.stored_scale_format(reader)
     hf.check_qwen2(reader, in_fp8=True)
     hf.refuse_mixed_scales(reader, scale_fmt)
     names = [name for name in reader.names if not name.endswith("_scale_inv")]
+    in_fp8 = {name for name in names if reader.dtype(name) in hf.FP8_DTYPES}
     expected_bytes = sum(2 * math.prod(reader.shape(name)) for name in names)
 
     def dequantise(name: str, tensor: Tensor) -> Tensor:
-        if not hf.is_fp8_linear(name):
-            values = tensor.to(torch.bfloat16)
-        else:
-            scale_inv = reader.tensor(hf.scale_name(name))
-            values = fp8.dequantize(tensor, scale_inv, fp8.BLOCK, torch.bfloat16)
+        if name not in in_fp8:
+            return hf.bf16_tensor(name, tensor)
+        scale_inv = hf.read_scales(reader, name)
+        values = fp8.dequantize(tensor, scale_inv, fp8.BLOCK, torch.bfloat16)
         fp8.refuse_non_finite(values, name)
-        if verify and hf.is_fp8_linear(name):
+        if verify:
             _refuse_other_values(name, values, tensor, scale_inv, scale_fmt)
         return values
 
@@ -52,7 +53,7 @@ def cast(source: Path, target: Path, *, verify: bool = True, workers: int = 1) -
         hf.set_dtype(writer.config, "bfloat16")
         for name, tensor in zip(names, reader.map(dequantise, names, workers=workers, progress="cast"), strict=True):
             writer.add(name, tensor)
-        summary = f"{sum(map(hf.is_fp8_linear, names))} tensors of {len(names)} were FP8 with {scale_fmt} scales"
+        summary = f"{len(in_fp8)} tensors of {len(names)} were FP8 with {scale_fmt} scales"
         if verify:
             writer.verify()
             summary += "; verified, " + ("exact" if scale_fmt == "pow2" else "rounded to BF16")
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (OSError, ValueError, TypeError) as error:
         log.error("error: %s", error)
-        return 1
+        return 2
     print(summary)
     return 0
 

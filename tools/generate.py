@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 
+from infir2.stop_tokens import eos_tokens, stop_tokens
+
 
 def generate(model_dir: Path, prompts: list[str], max_new_tokens: int, chat: bool) -> list[dict[str, str]]:
     """Greedy continuations of the prompts, as they are, or with `chat` as a user's message in the chat template."""
@@ -25,6 +27,9 @@ def generate(model_dir: Path, prompts: list[str], max_new_tokens: int, chat: boo
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
     if torch.cuda.is_available():
         model = model.cuda()
+    # Text that is no chat ends with the document, and a pad token is never within one.
+    known = stop_tokens(model_dir) if chat else eos_tokens(model_dir)
+    stop = sorted((known | {tokenizer.eos_token_id, tokenizer.pad_token_id}) - {None})
     answers = []
     for prompt in prompts:
         text = prompt
@@ -32,13 +37,12 @@ def generate(model_dir: Path, prompts: list[str], max_new_tokens: int, chat: boo
             messages = [{"role": "user", "content": prompt}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
-        stop = [tokenizer.eos_token_id, tokenizer.pad_token_id]
         with torch.inference_mode():
             output = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                eos_token_id=stop,
+                eos_token_id=stop or None,
                 pad_token_id=tokenizer.pad_token_id,
             )
         new = output[0, inputs["input_ids"].shape[1] :]
@@ -46,18 +50,23 @@ def generate(model_dir: Path, prompts: list[str], max_new_tokens: int, chat: boo
     return answers
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
     parser.add_argument("--chat", action="store_true", help="prompts are a user's messages, in the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
-    if not (args.model / "config.json").is_file():
-        sys.exit(f"error: {args.model} is not a Hugging Face model folder: no config.json")
-    answers = generate(args.model, args.prompt, args.max_new_tokens, args.chat)
+    try:
+        if not (args.model / "config.json").is_file():
+            raise ValueError(f"{args.model} is not a Hugging Face model folder: no config.json")
+        answers = generate(args.model, args.prompt, args.max_new_tokens, args.chat)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(json.dumps({"model": str(args.model), "answers": answers}, indent=1, ensure_ascii=False))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

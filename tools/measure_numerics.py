@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = list(weights_of(arguments.model)) if arguments.model else [others.pop("weight")]
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     tables = {
         "error by kind of tensor": error_table(weights, others),
         "mixed scale formats": mixing_table(weights),

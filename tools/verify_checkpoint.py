@@ -3,8 +3,8 @@
     python tools/verify_checkpoint.py --model DIR [--source DIR] [--logits] [--report FILE.json]
 
 Always checked: names, shapes and types of all tensors against config.json, the index and its total_size, no NaN or
-Inf, and for FP8 the quantization_config, the scales (float32, positive, finite, powers of two where config.json says
-"ue8m0") and the scale format that training recorded.
+Inf, and for FP8 the quantization_config, the scales (positive, finite, powers of two where config.json says "ue8m0"),
+which layers are in BF16, and the scale format that training recorded. Scales may be FP32, BF16 or exponents (E8M0).
 
 --source compares tensor by tensor. FP8 codes and scales must be Q(BF16(source)), every other tensor the source's,
 rounded to the model's type; the relative error (norm) of each is reported. The source may be FP8 too, for a model that
@@ -13,15 +13,14 @@ was cast back.
 --logits compares next-token logits of model and source on fixed token sequences, both in FP32 on the CPU, FP8 weights
 dequantised. For small models: each is held in memory as a whole.
 
-Faults are named on stderr and in the report, those of all tensors, and the exit status is then 1. Where the folder
-cannot be opened, or names, shapes or types are wrong, the check ends at the first fault.
+Faults are named on stderr and in the report, those of all tensors, and the exit status is then 1. Where names, shapes
+or types are wrong, the check ends at the first fault. Exit status 2: there is no such folder.
 """
 
 import argparse
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infir2 import fp8, hf
+from infir2 import files, fp8, hf
 from infir2.qwen2 import Shape
 
 log = logging.getLogger("verify_checkpoint")
@@ -71,7 +70,7 @@ def verify(
         faults += config_faults(reader, in_fp8, allow_mixed_scales)
 
         def check(name: str, _: Tensor) -> Row:
-            return check_tensor(name, reader, origin, in_fp8)
+            return check_tensor(name, reader, origin)
 
         rows = list(reader.map(check, main_tensors(reader), workers=workers, progress="verify"))
         faults += [fault for row in rows for fault in row.faults]
@@ -90,7 +89,7 @@ def open_model(path: Path) -> tuple[hf.HFReader, bool]:
     reader = hf.HFReader(path)
     in_fp8 = any(reader.dtype(name) in hf.FP8_DTYPES or name.endswith("_scale_inv") for name in reader.names)
     if in_fp8:
-        hf.scale_format_of(reader.config)
+        hf.stored_scale_format(reader)
     hf.check_qwen2(reader, in_fp8=in_fp8)
     return reader, in_fp8
 
@@ -103,35 +102,33 @@ def main_tensors(reader: hf.HFReader) -> list[str]:
 def config_faults(reader: hf.HFReader, in_fp8: bool, allow_mixed_scales: bool) -> Iterator[str]:
     """What config.json and the index say wrongly of the folder as a whole."""
     config = reader.config
-    plain = {reader.dtype(n) for n in main_tensors(reader) if not (in_fp8 and hf.is_fp8_linear(n))}
-    stated = config.get("dtype", config.get("torch_dtype"))
-    if stated is not None and plain != {getattr(torch, str(stated).removeprefix("torch."), None)}:
-        yield f"{hf.CONFIG} says dtype {stated}, the tensors are {', '.join(sorted(map(str, plain)))}"
+    plain = {reader.dtype(n) for n in main_tensors(reader)} - set(hf.FP8_DTYPES)
+    for stated in {config.get("dtype"), config.get("torch_dtype")}:
+        if stated is not None and plain != {getattr(torch, str(stated).removeprefix("torch."), None)}:
+            yield f"{hf.CONFIG} says dtype {stated}, the tensors are {', '.join(sorted(map(str, plain)))}"
     index = reader.path / hf.INDEX
     if index.is_file():
-        said = json.loads(index.read_text()).get("metadata", {}).get("total_size")
+        said = (json.loads(index.read_text()).get("metadata") or {}).get("total_size")
         size = sum(map(reader.nbytes, reader.names))
         if said != size:
             yield f"{hf.INDEX} says total_size {said}, the tensors have {size} bytes; write the index again"
     if in_fp8:
-        yield from quantisation_faults(config, allow_mixed_scales)
+        yield from quantisation_faults(reader, allow_mixed_scales)
 
 
-def quantisation_faults(config: dict, allow_mixed_scales: bool) -> Iterator[str]:
+def quantisation_faults(reader: hf.HFReader, allow_mixed_scales: bool) -> Iterator[str]:
     """Disagreement between quantization_config, the FP8 tensors, and what is recorded of training."""
+    config = reader.config
     quantisation = config["quantization_config"]
-    scale_fmt = hf.scale_format_of(config)
+    scale_fmt = hf.stored_scale_format(reader)
     wanted = hf.fp8_quantization_config(scale_fmt)["activation_scheme"]
     if (found := quantisation.get("activation_scheme")) != wanted:
         yield f"quantization_config.activation_scheme is {found!r}; there are no static scales, write {wanted!r}"
-    skipped = quantisation.get("modules_to_not_convert") or []
-    if "lm_head" not in skipped and not config.get("tie_word_embeddings"):
-        yield "quantization_config.modules_to_not_convert lacks 'lm_head', which is not FP8; engines would convert it"
-    # Engines match a module by its whole name or by a part of it.
-    linears = [n.removesuffix(".weight") for n in hf.qwen2_tensors(Shape.from_config(config)) if hf.is_fp8_linear(n)]
-    for word in skipped:
-        if hit := [name for name in linears if f".{word}." in f".{name}."]:
-            yield f"quantization_config.modules_to_not_convert names {word!r}, but {hit[0]!r} is FP8; remove the word"
+    yield from left_out_faults(reader, hf.modules_left_out(config))
+    shape, trained_as = Shape.from_config(config), hf.trained_precision(config)
+    kept = hf.kept_in_bf16(shape, trained_as) if trained_as else ()
+    if (cast := [name for name in kept if reader.dtype(name) in hf.FP8_DTYPES]) and not allow_mixed_scales:
+        yield f"{cast[0]!r} is FP8 ({len(cast)} such), training in {trained_as} kept it in BF16; cast again"
     trained = hf.trained_scale_format(config)
     if trained not in (None, scale_fmt) and not allow_mixed_scales:
         yield (
@@ -140,13 +137,28 @@ def quantisation_faults(config: dict, allow_mixed_scales: bool) -> Iterator[str]
         )
 
 
-def check_tensor(name: str, reader: hf.HFReader, source: hf.HFReader | None, in_fp8: bool) -> Row:
+def left_out_faults(reader: hf.HFReader, left_out: list[str] | None) -> Iterator[str]:
+    """Disagreement between the modules that engines leave as they are and the tensors."""
+    key = "quantization_config.modules_to_not_convert"
+    if left_out is not None and "lm_head" not in left_out and not reader.config.get("tie_word_embeddings"):
+        yield f"{key} lacks 'lm_head', which is not FP8; engines would convert it"
+    linears = [name.removesuffix(".weight") for name in reader.names if hf.is_fp8_linear(name)]
+    in_fp8 = [name for name in linears if reader.dtype(f"{name}.weight") in hf.FP8_DTYPES]
+    # Engines match a module by its whole name or by a part of it.
+    for word in left_out or ():
+        if hit := [name for name in in_fp8 if f".{word}." in f".{name}."]:
+            yield f"{key} names {word!r}, but {hit[0]!r} is FP8; remove the word"
+    for name in set(linears) - set(in_fp8):
+        if not any(f".{word}." in f".{name}." for word in left_out or ()):
+            yield f"{key} lacks {name!r}, which is not FP8; engines would convert it"
+
+
+def check_tensor(name: str, reader: hf.HFReader, source: hf.HFReader | None) -> Row:
     """One tensor, with its scales where it has some: finite, of the right format, and what the source makes of it."""
     row = Row(name, list(reader.shape(name)), str(reader.dtype(name)).removeprefix("torch."))
     try:
-        if in_fp8 and hf.is_fp8_linear(name):
-            scale = hf.scale_name(name)
-            hf.refuse_wrong_scales(scale, reader.tensor(scale), hf.scale_format_of(reader.config))
+        if reader.dtype(name) in hf.FP8_DTYPES:
+            hf.refuse_wrong_scales(hf.scale_name(name), hf.read_scales(reader, name), hf.stored_scale_format(reader))
         value = values(reader, name)
         fp8.refuse_non_finite(value, name)
         if source is not None:
@@ -161,7 +173,7 @@ def values(reader: hf.HFReader, name: str) -> Tensor:
     tensor = reader.tensor(name)
     if tensor.dtype not in hf.FP8_DTYPES:
         return tensor
-    return fp8.dequantize(tensor, reader.tensor(hf.scale_name(name)), fp8.BLOCK)
+    return fp8.dequantize(tensor, hf.read_scales(reader, name), fp8.BLOCK)
 
 
 def compare(row: Row, value: Tensor, reader: hf.HFReader, source: hf.HFReader) -> None:
@@ -174,7 +186,7 @@ def compare(row: Row, value: Tensor, reader: hf.HFReader, source: hf.HFReader) -
     if source.shape(origin) != reader.shape(name):
         raise ValueError(f"{name!r} has shape {reader.shape(name)}, the source's is {source.shape(origin)}")
     expected, meant = expected_tensors(name, origin, reader, source)
-    found = {part: reader.tensor(part) for part in expected}
+    found = held(name, reader)
     row.differing = sum(int(differing(found[part], expected[part])) for part in expected)
     exact = values(source, origin)
     row.relative_error = relative_error(value, exact)
@@ -191,11 +203,19 @@ def expected_tensors(name: str, origin: str, reader: hf.HFReader, source: hf.HFR
     """What the model must hold for the source's tensor, part by part, and what that is called."""
     if reader.dtype(name) in hf.FP8_DTYPES:
         if source.dtype(origin) in hf.FP8_DTYPES:
-            return {n: source.tensor(n) for n in (name, hf.scale_name(name))}, "the source's"
-        return hf.fp8_tensors(name, source.tensor(origin), hf.scale_format_of(reader.config)), "Q(BF16(source))"
+            return held(name, source), "the source's"
+        return hf.fp8_tensors(name, source.tensor(origin), hf.stored_scale_format(reader)), "Q(BF16(source))"
     dtype = reader.dtype(name)
     meant = "the source's" if source.dtype(origin) == dtype else f"the source's, rounded to {dtype}"
     return {name: values(source, origin).to(dtype)}, meant
+
+
+def held(name: str, reader: hf.HFReader) -> dict[str, Tensor]:
+    """A tensor as it is stored; of an FP8 weight the scales too, in float32."""
+    tensors = {name: reader.tensor(name)}
+    if reader.dtype(name) in hf.FP8_DTYPES:
+        tensors[hf.scale_name(name)] = hf.read_scales(reader, name)
+    return tensors
 
 
 def differing(found: Tensor, expected: Tensor) -> int:
@@ -211,11 +231,11 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 
 def summary(reader: hf.HFReader, rows: list[Row], in_fp8: bool) -> dict[str, object]:
-    linears = [row for row in rows if in_fp8 and hf.is_fp8_linear(row.name)]
+    linears = [row for row in rows if reader.dtype(row.name) in hf.FP8_DTYPES]
     compared = [row for row in rows if row.relative_error is not None]
     return {
         "precision": "fp8" if in_fp8 else rows[0].dtype,
-        "scale_fmt": hf.scale_format_of(reader.config) if in_fp8 else None,
+        "scale_fmt": hf.stored_scale_format(reader) if in_fp8 else None,
         "trained_scale_fmt": hf.trained_scale_format(reader.config),
         "tensors": len(rows),
         "fp8_tensors": len(linears),
@@ -291,10 +311,7 @@ def describe(report: dict) -> str:
 
 
 def write_report(report: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, path)
+    files.write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -317,6 +334,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.logits and arguments.source is None:
         parser.error("--logits compares with a source; give --source DIR")
+    for folder in filter(None, (arguments.model, arguments.source)):
+        if not (folder / hf.CONFIG).is_file():
+            log.error("error: %s is not a Hugging Face model folder: it has no %s", folder, hf.CONFIG)
+            return 2
     report = verify(
         arguments.model,
         arguments.source,

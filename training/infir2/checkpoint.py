@@ -9,7 +9,6 @@ checkpoint is a pickle; it is unpickled with a list of allowed classes, and tens
 """
 
 import io
-import os
 import pickle
 import re
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from infir2 import files
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -36,34 +37,34 @@ def iteration_folder(folder: Path, iteration: int | str) -> Path:
 def complete_iterations(folder: Path) -> list[int]:
     """Iterations whose save finished, ascending. `release` is not among them."""
     found = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in folder.glob("iter_*"))
-    return sorted(int(m[1]) for m in found if m and (folder / m[0] / "metadata.json").is_file())
+    return sorted(int(m[1]) for m in found if m and _is_complete(folder / m[0]))
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a checkpoint's save finished: Megatron writes metadata.json last."""
+    return (folder / "metadata.json").is_file()
 
 
 def tracked(folder: Path) -> int | str | None:
     """What the tracker names: an iteration, "release", or None where there is no tracker or it is cut off."""
     path = folder / TRACKER
-    text = path.read_text().strip() if path.is_file() else ""
+    text = path.read_bytes().decode("ascii", "replace").strip() if path.is_file() else ""
     return int(text) if text.isdigit() else RELEASE if text == RELEASE else None
 
 
 def repair_tracker(folder: Path) -> str | None:
-    """Make the tracker name the newest complete checkpoint it can; returns what was done, or None.
+    """Make a tracker that names no complete checkpoint name the newest one; returns what was done, or None.
 
-    Megatron rewrites the tracker in place after a save. A kill in between leaves it empty, or one checkpoint behind.
+    Megatron rewrites the tracker in place after a save: a kill in between leaves it empty. One that names a complete
+    checkpoint is obeyed, even where newer ones lie beside it: somebody may have set it back.
     """
     complete = complete_iterations(folder)
     now = tracked(folder)
-    if not complete or now == complete[-1]:
+    if not complete or now in complete or (now == RELEASE and _is_complete(folder / RELEASE)):
         return None
-    if isinstance(now, int) and now > complete[-1]:
-        raise CheckpointError(
-            f"{folder / TRACKER} names iteration {now}, which is missing or half-written; the newest complete one is "
-            f"{complete[-1]}: write that number into the file to go on from there"
-        )
-    temporary = folder / f"{TRACKER}.{os.getpid()}.tmp"  # every rank may repair
-    temporary.write_text(str(complete[-1]))
-    os.replace(temporary, folder / TRACKER)
-    return f"{folder / TRACKER} said '{now}', the newest complete checkpoint is {complete[-1]}: corrected"
+    files.write_text(folder / TRACKER, str(complete[-1]))
+    found = "nothing" if now is None else f"iteration {now}, which is missing or half-written"
+    return f"{folder / TRACKER} named {found}: set to the newest complete checkpoint, {complete[-1]}"
 
 
 def resolve(path: Path | str) -> Path:
@@ -159,6 +160,8 @@ class TorchDist:
             if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
                 continue
             data = self._read_item(key, chunk.offsets)
+            if list(data.shape) != sizes:
+                raise CheckpointError(f"{self.folder}: a part of {name} is {list(data.shape)}, its index says {sizes}")
             if layer is not None:
                 data, offsets, sizes = data[layer - offsets[0]], offsets[1:], sizes[1:]
             out[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = data
@@ -168,10 +171,18 @@ class TorchDist:
         return out
 
     def _read_item(self, key: str, offsets: torch.Size) -> Tensor:
-        item = self._items[key, tuple(offsets)]
+        item = self._items.get((key, tuple(offsets)))
+        if item is None:
+            raise CheckpointError(f"the index of {self.folder} names no file for a part of {key}; copy it again")
         with open(self.folder / item.relative_path, "rb") as file:
             file.seek(item.offset)
-            return torch.load(io.BytesIO(file.read(item.length)), map_location="cpu", weights_only=True)
+            data = file.read(item.length)
+        try:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes are read as anything
+            raise CheckpointError(
+                f"{self.folder / item.relative_path} is damaged: {key} cannot be read ({error!r:.200}); copy it again"
+            ) from error
 
     @property
     def _items(self) -> dict:
@@ -208,9 +219,27 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _refuse_other_index(index: object) -> None:
+    """Any error unless all that is read of an index is there, and is what it should be."""
+    right = True
+    for key, entry in index.state_dict_metadata.items():
+        if hasattr(entry, "chunks"):
+            right &= isinstance(key, str) and isinstance(entry.properties.dtype, torch.dtype)
+            right &= all(len(chunk.offsets) == len(chunk.sizes) == len(entry.size) for chunk in entry.chunks)
+    for item, place in index.storage_data.items():
+        right &= isinstance(item.fqn, str) and isinstance(place.relative_path, str)
+        right &= isinstance(place.offset + place.length, int)
+    if not right:
+        raise ValueError("its entries are of other types")
+
+
 def _read_index(path: Path):
     try:
         with open(path, "rb") as file:
-            return _IndexUnpickler(file).load()
-    except (EOFError, pickle.UnpicklingError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint index {path} cannot be read ({error}): half-written or damaged") from error
+            index = _IndexUnpickler(file).load()
+        _refuse_other_index(index)
+        return index
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # a damaged pickle is a program: anything can go wrong in it
+        raise CheckpointError(f"checkpoint index {path} cannot be read ({error!r}): half-written or damaged") from error

@@ -12,6 +12,7 @@ The rest is what this recipe's folders hold: which tensors a Qwen2 model has, wh
 File format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the data).
 """
 
+import contextlib
 import copy
 import itertools
 import json
@@ -21,10 +22,10 @@ import re
 import shutil
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,12 +34,13 @@ from torch import Tensor
 from tqdm import tqdm
 from xxhash import xxh3_64_intdigest
 
-from infir2 import fp8
-from infir2.qwen2 import ARCHITECTURE, Shape
+from infir2 import files, fp8, precision
+from infir2.qwen2 import Shape
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 RECORD = "infir2"  # config.json's key for what the training run was
 
 DTYPES = {
@@ -48,6 +50,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -56,6 +59,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)  # ours, Qwen's, DeepSeek's
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -67,6 +71,7 @@ _IN_FLIGHT_BYTES = 640 * 1024**2
 # Small enough for malloc to use the same memory again: fresh memory costs a page fault every 4 KiB.
 _PIECE_BYTES = 16 * 1024**2
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+_SCALE = "_scale_inv"
 _FP8_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
 
 
@@ -166,7 +171,7 @@ class HFReader:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map; write the folder again with save_pretrained")
         for name, file in weight_map.items():
-            if not (self.path / file).is_file():
+            if not isinstance(file, str) or not (self.path / file).is_file():
                 raise FileNotFoundError(f"{INDEX} places {name!r} in {file}, which does not exist in {self.path}")
         return weight_map
 
@@ -182,7 +187,8 @@ class HFReader:
 class HFWriter:
     """Writes a model folder, all or nothing. Use with `with`; add tensors one by one.
 
-    config starts as a copy of like's; its tokenizer, templates and other side files are copied. Shards end before
+    config starts as a copy of like's; its tokenizer, templates and other side files are copied, but for those that
+    side_files gives by name, as objects of JSON. Shards end before
     shard_bytes (a single shard becomes model.safetensors, without an index). expected_bytes is checked against the
     free space of the disk first. Tensors are written by `workers` threads, in pieces, each to its own place.
 
@@ -200,8 +206,8 @@ class HFWriter:
     ) -> None:
         self.path = Path(path)
         self.config: dict = copy.deepcopy(like.config) if like else {}
+        self.side_files: dict[str, dict] = {}
         self._like, self._shard_bytes, self._expected_bytes = like, shard_bytes, expected_bytes
-        self._temporary = self.path.parent / f".{self.path.name}.partial-{os.getpid()}"
         self._shards: list[_Shard] = []
         self._pool = ThreadPoolExecutor(workers)
         self._on_the_way: deque[tuple[str, list[Future[int]]]] = deque()
@@ -209,27 +215,31 @@ class HFWriter:
         self._finished = False
 
     def __enter__(self) -> Self:
-        if self.path.exists():
-            raise FileExistsError(f"{self.path} exists; choose another output folder or remove it")
+        files.refuse_existing(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self.path.parent).free) < self._expected_bytes:
             raise OSError(
                 f"{self.path} needs {self._expected_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
                 "free some space or choose another output folder"
             )
-        self._temporary.mkdir()
+        with contextlib.ExitStack() as opened:
+            self._temporary = opened.enter_context(files.building(self.path))
+            opened.callback(self._close)
+            opened.push(self._finish_unless_failed)
+            self._opened = opened.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._finish()
-                os.rename(self._temporary, self.path)
-        finally:
-            self._pool.shutdown(cancel_futures=True)
-            for shard in self._shards:
-                shard.file.close()
-            shutil.rmtree(self._temporary, ignore_errors=True)
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    def _finish_unless_failed(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
+
+    def _close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for shard in self._shards:
+            shard.file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor, [...] of any dtype in `DTYPES`, on any device. It must not change afterwards: it is written
@@ -302,6 +312,8 @@ class HFWriter:
         for file in self._like.side_files() if self._like else ():
             (self._temporary / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(self._like.path / file, self._temporary / file)
+        for name, content in self.side_files.items():
+            _write_json(self._temporary / name, content)
 
     def _refuse_wrong_config(self) -> None:
         """A config with another precision than the weights makes every engine read noise, without an error."""
@@ -409,11 +421,29 @@ def is_fp8_linear(name: str) -> bool:
 
 
 def scale_name(name: str) -> str:
-    return name + "_scale_inv"
+    return name + _SCALE
 
 
-def fp8_quantization_config(scale_fmt: str) -> dict:
-    """config.json's `quantization_config` for 128x128 E4M3 weights.
+def _is_scale(name: str) -> bool:
+    return name.endswith(_SCALE)
+
+
+def kept_in_bf16(shape: Shape, name: str) -> set[str]:
+    """The linear weights of the blocks that precision `name` leaves in BF16."""
+    return {
+        tensor
+        for tensor in filter(is_fp8_linear, qwen2_tensors(shape))
+        if precision.keeps_in_bf16(name, shape.layers, int(tensor.split(".")[2]), ".self_attn." in tensor)
+    }
+
+
+def read_scales(reader: HFReader, name: str) -> Tensor:
+    """The inverse scales of the FP8 weight `name`, float32, whatever type they are stored in."""
+    return reader.tensor(scale_name(name)).to(torch.float32)
+
+
+def fp8_quantization_config(scale_fmt: str, kept: Iterable[str] = ()) -> dict:
+    """config.json's `quantization_config` for 128x128 E4M3 weights; `kept` are the linear weights that stay in BF16.
 
     "ue8m0" is the published word for power-of-two scales. FP32 scales have no word that all engines accept
     (transformers says "float", slime refuses it), but all take its absence for them.
@@ -423,9 +453,29 @@ def fp8_quantization_config(scale_fmt: str) -> dict:
         "fmt": fp8.E4M3.name,
         "activation_scheme": "dynamic",
         "weight_block_size": list(fp8.BLOCK),
-        "modules_to_not_convert": ["lm_head"],
+        "modules_to_not_convert": ["lm_head", *_modules(kept)],
     }
     return config | {"scale_fmt": "ue8m0"} if scale_fmt == "pow2" else config
+
+
+def _modules(weights: Iterable[str]) -> list[str]:
+    """The modules of these linear weights, and after each group the merged one by which SGLang knows it."""
+    modules = sorted(name.removesuffix(".weight") for name in weights)
+    merged = {re.sub(r"\.[qkv]_proj$", ".qkv_proj", re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", m)) for m in modules}
+    return sorted({*modules, *merged})
+
+
+def modules_left_out(config: dict) -> list[str] | None:
+    """The modules that engines do not read as FP8, as config.json names them; None where it leaves that to them."""
+    quantisation = config["quantization_config"]
+    return quantisation.get("modules_to_not_convert", quantisation.get("ignored_layers"))
+
+
+def stored_scale_format(reader: HFReader) -> str:
+    """`scale_format_of` a folder; scales that are stored as exponents are powers of two, whatever it says."""
+    stated = scale_format_of(reader.config)
+    exponents = any(reader.dtype(name) == torch.float8_e8m0fnu for name in reader.names)
+    return "pow2" if exponents else stated
 
 
 def scale_format_of(config: dict) -> str:
@@ -447,15 +497,15 @@ def scale_format_of(config: dict) -> str:
 
 def set_dtype(config: dict, dtype: str) -> None:
     """State the dtype of the weights that are not FP8, under the key that this config.json uses."""
-    # transformers wrote "torch_dtype" before its release 5; engines read both.
+    # transformers wrote "torch_dtype" before its release 5; engines read both, each in its own order.
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
         config[key] = dtype
 
 
 def refuse_mixed_scales(reader: HFReader, scale_fmt: str) -> None:
     """ValueError, with the tensor's name, unless all scales are positive and of the format that config.json states."""
-    for name in (name for name in reader.names if name.endswith("_scale_inv")):
-        refuse_wrong_scales(name, reader.tensor(name), scale_fmt)
+    for name in filter(_is_scale, reader.names):
+        refuse_wrong_scales(name, read_scales(reader, name.removesuffix(_SCALE)), scale_fmt)
 
 
 def refuse_wrong_scales(name: str, scale_inv: Tensor, scale_fmt: str) -> None:
@@ -481,12 +531,18 @@ def fp8_tensors(name: str, tensor: Tensor, scale_fmt: str) -> dict[str, Tensor]:
     tensor: [...] of a weight dtype, on any device. NaN or Inf is a ValueError with the tensor's name.
     """
     # Training quantises the BF16 copy of its FP32 masters; quantising the masters would change 3 % of the codes.
-    tensor = tensor.to(torch.bfloat16)
     if not is_fp8_linear(name):
-        fp8.refuse_non_finite(tensor, name)
-        return {name: tensor}
+        return {name: bf16_tensor(name, tensor)}
+    tensor = tensor.to(torch.bfloat16)
     codes, scale_inv = fp8.quantize(tensor, fp8.BLOCK, scale_fmt=scale_fmt, name=name)
     return {name: codes, scale_name(name): scale_inv}
+
+
+def bf16_tensor(name: str, tensor: Tensor) -> Tensor:
+    """The tensor in BF16. NaN or Inf is a ValueError with its name."""
+    tensor = tensor.to(torch.bfloat16)
+    fp8.refuse_non_finite(tensor, name)
+    return tensor
 
 
 def rounding_error(
@@ -525,6 +581,19 @@ def trained_scale_format(config: dict) -> str | None:
     return found
 
 
+def trained_precision(config: dict) -> str | None:
+    """The precision that config.json records of training where that kept linear layers of the blocks in BF16; None
+    where it records none. ValueError for one that has no name here: which layers those are is not known."""
+    record = config.get(RECORD)
+    found = record.get("precision") if isinstance(record, dict) else None
+    if found is not None and found not in precision.PRECISIONS:
+        raise ValueError(
+            f"config.json's {RECORD}.precision is {found!r}: which layers were trained in BF16 is not known; name the "
+            "precision that comes nearest with --precision"
+        )
+    return found
+
+
 def mixing_error(weight: Tensor, trained: str, wanted: str) -> tuple[float, float]:
     """What scale format `wanted` does to weights [M, K] that were trained in FP8 with the format `trained`.
 
@@ -556,31 +625,50 @@ def refuse_mixed_formats(where: str, name: str, weight: Tensor, trained: str, wa
 def check_qwen2(reader: HFReader, *, in_fp8: bool) -> Shape:
     """The network's shape, after checking that the folder holds exactly its tensors.
 
-    in_fp8 says what is expected: block linears in E4M3 with their scales and the rest in a weight dtype, or all in a
-    weight dtype (BF16, FP16, FP32). A tied head may be present. Refused with the tensor's name: another architecture,
-    a missing or an unknown tensor, a shape that config.json contradicts, a dtype that is not expected.
+    in_fp8 says what is expected: block linears in E4M3 with their scales (some may be in a weight dtype, without any)
+    and the rest in a weight dtype, or all in a weight dtype (BF16, FP16, FP32). A tied head may be present if it equals
+    the embedding. Refused with the tensor's name: another architecture, a missing or an unknown tensor, a shape that
+    config.json contradicts, a dtype that is not expected.
     """
-    architectures = reader.config.get("architectures")
-    if architectures != [ARCHITECTURE]:
-        raise ValueError(f"{reader.path} has architectures {architectures}; this tool knows: {ARCHITECTURE}")
-    try:
-        shape = Shape.from_config(reader.config)
-    except KeyError as error:
-        raise ValueError(f"{reader.path}/{CONFIG} lacks {error}, which a Qwen2 model needs") from None
+    shape = Shape.from_config(reader.config, reader.path / CONFIG)
     expected = {name: (size, WEIGHT_DTYPES) for name, size in qwen2_tensors(shape).items()}
-    if shape.tied and "lm_head.weight" in reader:
-        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    if shape.tied and HEAD in reader:
+        expected[HEAD] = expected[EMBEDDING]
     if in_fp8:
-        for name in filter(is_fp8_linear, list(expected)):
+        for name in [name for name in expected if is_fp8_linear(name) and _claims_fp8(reader, name)]:
             size = expected[name][0]
             expected[name] = (size, (fp8.E4M3.dtype,))
-            expected[scale_name(name)] = (fp8.scale_shape(size, fp8.BLOCK), (torch.float32,))
-    elif in_fp8_already := [n for n in reader.names if reader.dtype(n) in FP8_DTYPES or n.endswith("_scale_inv")]:
-        raise ValueError(f"{reader.path} is FP8 already: it holds {in_fp8_already[0]!r}")
+            expected[scale_name(name)] = (fp8.scale_shape(size, fp8.BLOCK), SCALE_DTYPES)
+        if not any(map(_is_scale, expected)):
+            raise ValueError(f"{reader.path}/{CONFIG} has a quantization_config, but no tensor is FP8; remove it")
+    elif in_fp8_already := [n for n in reader.names if reader.dtype(n) in FP8_DTYPES or _is_scale(n)]:
+        raise ValueError(
+            f"{reader.path} is FP8 already: it holds {in_fp8_already[0]!r}. Take the model that it was cast from, or "
+            "cast it back with tools/fp8_cast_bf16.py"
+        )
     elif "quantization_config" in reader.config:
         raise ValueError(f"{reader.path}/{CONFIG} has a quantization_config, but no tensor is FP8; remove one of them")
     _refuse_other_tensors(reader, expected)
+    _refuse_other_head(reader, shape)
     return shape
+
+
+def _claims_fp8(reader: HFReader, name: str) -> bool:
+    """Whether a linear is FP8, or has what only an FP8 one has."""
+    return name not in reader or scale_name(name) in reader or reader.dtype(name) in FP8_DTYPES
+
+
+def _refuse_other_head(reader: HFReader, shape: Shape) -> None:
+    """ValueError where config.json ties the head to the embedding, and the folder holds another head: readers would
+    throw it away, or read it, each as it likes."""
+    if not shape.tied or HEAD not in reader:
+        return
+    head, embedding = reader.tensor(HEAD), reader.tensor(EMBEDDING)
+    if not torch.equal(head, embedding.to(head.dtype)):
+        raise ValueError(
+            f"{reader.path}/{CONFIG} says tie_word_embeddings, but {HEAD!r} is not {EMBEDDING!r}; set "
+            "tie_word_embeddings to false if the head is meant, or remove the tensor"
+        )
 
 
 def _refuse_other_tensors(

@@ -11,6 +11,7 @@ whole tensor ("fp8-current") are always FP32.
 import os
 import sys
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 SCALE_FORMATS = ("pow2", "fp32")
@@ -65,6 +66,28 @@ def flags(name: str) -> tuple[str, ...]:
     return PRECISIONS[name].flags
 
 
+def keeps_in_bf16(name: str, layers: int, layer: int, attention: bool) -> bool:
+    """Whether precision `name` leaves the linear layers of a block's attention (else of its MLP) out of FP8. `layer`
+    counts from 0."""
+    words = flags(name)
+    at_an_end = "--first-last-layers-bf16" in words and layer in (0, layers - 1)
+    return "--fp8-recipe" not in words or at_an_end or (attention and str(MLP_ONLY) in words)
+
+
+def of_run(run: dict) -> str | None:
+    """The name of the precision of a run whose run.json is `run`; None where it has no name here."""
+    by_module = sha256(MLP_ONLY.read_bytes()).hexdigest()
+    found = (run.get("fp8"), run.get("fp8_recipe") if run.get("fp8") else None)
+    found += (bool(run.get("first_last_layers_bf16")), run.get("te_precision_config"))
+    for name, precision in PRECISIONS.items():
+        words = dict(zip(precision.flags, (*precision.flags[1:], ""), strict=True))
+        ends, table = "--first-last-layers-bf16" in words, "--te-precision-config-file" in words
+        facts = (words.get("--fp8-format"), words.get("--fp8-recipe"), ends, by_module if table else None)
+        if facts == found:
+            return name
+    return None
+
+
 def scale_format() -> str:
     """The scale format of this run, from `SCALE_FMT`: "pow2" unless set. Another word is a ValueError."""
     chosen = os.environ.get("SCALE_FMT", "pow2")
@@ -103,7 +126,8 @@ def main() -> None:
     try:
         print(*flags(sys.argv[1]), sep="\n")
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ the checkpoints: what fixes this run's results. Another run's folder is refused 
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from argparse import Namespace
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infir2 import checkpoint, hf, receipts
+from infir2 import checkpoint, files, hf, receipts
 from infir2.checkpoint import CheckpointError, TorchDist
 from infir2.indexed import IndexedReader
 from infir2.precision import scale_format_of_recipe
@@ -325,9 +324,7 @@ def _record(save: Path, identity: dict[str, Any], start: Start) -> None:
     if checkpoint.complete_iterations(save):
         raise ValueError(f"{save} holds checkpoints without a {RUN_FILE}: not this program's run; take another folder")
     save.mkdir(parents=True, exist_ok=True)
-    temporary = save / f".{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(identity | {"parent": _parent(start)}, indent=1) + "\n")
-    os.replace(temporary, path)
+    files.write_text(path, json.dumps(identity | {"parent": _parent(start)}, indent=1) + "\n")
 
 
 def _parent(start: Start) -> dict[str, Any] | None:

@@ -42,30 +42,35 @@ class Shape:
     max_positions: int
 
     @classmethod
-    def from_config(cls, config: dict) -> Shape:
-        """From a Hugging Face config.json. Another architecture, or a variant that Megatron would not compute, is a
-        ValueError."""
-        found = config.get("architectures") or [config.get("model_type")]
-        if ARCHITECTURE not in found and config.get("model_type") != "qwen2":
-            raise ValueError(f"architecture {found} is not supported; known: {ARCHITECTURE}")
-        rope = config.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
-            raise ValueError(f"RoPE scaling is not supported; found {rope or config.get('rope_scaling')}")
-        if config.get("use_sliding_window"):
-            raise ValueError("sliding-window attention is not supported; set use_sliding_window to false")
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    def from_config(cls, config: dict, where: Path | str = "config.json") -> Shape:
+        """From a Hugging Face config.json, which refusals call `where`. Another architecture, a field that is missing
+        or no number, or a variant that Megatron would not compute, is a ValueError."""
+        architectures, kind = config.get("architectures"), config.get("model_type")
+        if architectures not in ([ARCHITECTURE], None) or (architectures is None and kind != "qwen2"):
+            raise ValueError(f"{where} has architectures {architectures or kind}; this tool knows: {ARCHITECTURE}")
+        if kind not in ("qwen2", None):
+            raise ValueError(f"{where} has model_type {kind!r} and architectures {architectures}, which do not fit")
+        if missing := [name for name in _SIZES if config.get(name) is None]:
+            raise ValueError(f"{where} lacks {missing[0]!r}, which a Qwen2 model needs")
+        _refuse_other_computation(config, where)
+        sizes = {name: _size(config, name, where) for name in _SIZES}
+        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+        if heads % sizes["num_key_value_heads"]:
+            raise ValueError(f"{where}: {heads} heads are no multiple of {sizes['num_key_value_heads']} KV heads")
+        if config.get("head_dim") is None and hidden % heads:
+            raise ValueError(f"{where}: hidden_size {hidden} is no multiple of {heads} heads; set head_dim")
         return cls(
-            layers=config["num_hidden_layers"],
+            layers=sizes["num_hidden_layers"],
             hidden=hidden,
-            ffn=config["intermediate_size"],
+            ffn=sizes["intermediate_size"],
             heads=heads,
-            kv_heads=config["num_key_value_heads"],
-            head_size=config.get("head_dim") or hidden // heads,
-            vocab=config["vocab_size"],
+            kv_heads=sizes["num_key_value_heads"],
+            head_size=hidden // heads if config.get("head_dim") is None else _size(config, "head_dim", where),
+            vocab=sizes["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
-            rope_base=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
-            norm_eps=config["rms_norm_eps"],
-            max_positions=config["max_position_embeddings"],
+            rope_base=_rope_base(config, where),
+            norm_eps=_number(config, "rms_norm_eps", where),
+            max_positions=sizes["max_position_embeddings"],
         )
 
     @classmethod
@@ -74,7 +79,13 @@ class Shape:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face model folder")
-        return cls.from_config(json.loads(path.read_text()))
+        try:
+            config = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} holds JSON of type {type(config).__name__}; expected an object")
+        return cls.from_config(config, path)
 
     def megatron_arguments(self) -> dict[str, object]:
         """Megatron's names of arguments (attributes after parsing) with the values that this shape fixes."""
@@ -107,6 +118,102 @@ class Shape:
                 raise ValueError(
                     f"FP8 needs multiples of {BLOCK}: the {what} is {size} (TP {tp}); use another TP or BF16"
                 )
+
+
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+# Fields besides Shape's that say how the network computes, and the values that mean what Megatron does.
+_FIXED = {
+    "hidden_act": ("silu", "swish"),
+    "rms_norm_eps": None,  # None: read, or no part of the computation
+    "rope_theta": None,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "tie_word_embeddings": (True, False),
+    "use_sliding_window": (False,),
+    "sliding_window": None,
+    "max_window_layers": None,
+    "attention_bias": (True,),  # of q, k and v
+    "is_causal": (True,),
+    "output_attentions": None,
+    "attn_implementation": None,
+    "_attn_implementation": None,
+    "_attn_implementation_autoset": None,
+    "use_flash_attn": None,
+    "use_flash_attention": None,
+    "head_dim": None,
+    "num_attention_heads": None,
+}
+# A field with such a name, which no Qwen2 has, is a variant's: factors of muP, caps of logits, experts, other norms.
+_VARIANT = re.compile(
+    "scale|scaling|scalar|multiplier|factor|alpha|softcap|norm|rope|rotary|attn|attention|window|bias|dropout|layerdrop|"
+    "(^|_)act(_|$)|activation|expert|moe|mup|alibi|sink|residual|logit|mtp|nextn|dim_model|depth|width|gate|gating|"
+    "causal|mlp|auto_map"
+)
+
+
+def _refuse_other_computation(config: dict, where: Path | str) -> None:
+    """ValueError for a field by which the network would compute something else than Megatron does for `Shape`."""
+    for name, value in config.items():
+        known = name in _FIXED
+        allowed = _FIXED.get(name)
+        if name == "layer_types":
+            right = value is None or set(value) <= {"full_attention"}
+        elif known:
+            right = allowed is None or value is None or value in allowed
+        else:
+            right = not _VARIANT.search(name) or _is_neutral(value)
+        if not right:
+            meant = f"; only {' or '.join(map(repr, allowed))} is supported" if allowed else ", which is not supported"
+            raise ValueError(f"{where} has {name} {value!r:.80}{meant}: this recipe would compute another network")
+
+
+def _is_neutral(value: object) -> bool:
+    """Whether a factor, a size or a switch of a variant has no effect: absent, off, 0 of them, or times 1."""
+    return value is None or value is False or (value is not True and value in (0, 1)) or value in ("", [], {})
+
+
+def _rope_base(config: dict, where: Path | str) -> float:
+    """RoPE's base, a whole number as Megatron's --rotary-base. Scaled RoPE, and two different bases, are refused."""
+    found = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name) or {}
+        if not isinstance(rope, dict) or not all(map(_is_plain_rope, rope, rope.values())):
+            raise ValueError(f"{where}: RoPE scaling is not supported; found {name} {rope}")
+        if rope.get("rope_theta") is not None:
+            found[f"{name}.rope_theta"] = rope["rope_theta"]
+    bases = {name: _number({name: value}, name, where) for name, value in found.items()} or {"default": 10000.0}
+    if len(set(bases.values())) > 1:
+        raise ValueError(f"{where} names two bases of RoPE: {bases}")
+    base = next(iter(bases.values()))
+    if base != int(base):
+        raise ValueError(f"{where} has a RoPE base of {base}; Megatron knows whole numbers only")
+    return base
+
+
+def _is_plain_rope(name: str, value: object) -> bool:
+    return name == "rope_theta" or _is_neutral(value) or (name in ("rope_type", "type") and value == "default")
+
+
+def _size(config: dict, name: str, where: Path | str) -> int:
+    value = config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{where} has {name} {value!r:.80}; expected a positive whole number")
+    return value
+
+
+def _number(config: dict, name: str, where: Path | str) -> float:
+    value = config.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"{where} has {name} {value!r:.80}; expected a positive number")
+    return value
 
 
 def megatron_flags(shape: Shape) -> list[str]:
@@ -217,7 +324,8 @@ def main() -> None:
             )
         print(*megatron_flags(shape), sep="\n")
     except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

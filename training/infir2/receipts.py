@@ -13,10 +13,8 @@ the same manifest.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -24,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from infir2 import files
 from infir2.indexed import DataError, IndexedReader
 
 MANIFEST = "manifest.json"
@@ -56,20 +55,9 @@ def _git_commit(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def building(output: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `output`; renames it to `output` at the end, or removes it after an error.
-
-    What a killed run left behind is removed by the next one. Refuses while another process builds the same output,
-    and an output that exists and is not empty.
-    """
-    with _locked(output) as partial:
-        _clear(partial)
-        try:
-            yield partial
-            os.rename(partial, output)  # fails, by design, when output is a folder that is not empty
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            _explain(output, error)
-            raise
+    """As `files.building`, with every refusal, and a full disk, as a DataError."""
+    with _refusing(output), files.building(output) as partial:
+        yield partial
 
 
 @contextlib.contextmanager
@@ -79,63 +67,39 @@ def resuming(output: Path, identity: dict[str, Any]) -> Iterator[Path]:
     What is to become `output` goes into its folder OUTPUT, which is empty at first; the rest is removed at the end.
     What was left by work with another `identity` (anything of JSON) is removed, and everything after a refusal.
     """
-    with _locked(output) as partial:
+    with _refusing(output), files.holding(output) as partial:
         note, made = partial / "identity.json", partial / OUTPUT
         text = json.dumps(identity, sort_keys=True)
         if not note.is_file() or note.read_text(encoding="utf-8") != text:
-            _clear(partial)
-            note.with_suffix(".partial").write_text(text, encoding="utf-8")
-            note.with_suffix(".partial").replace(note)
+            files.clear(partial)
+            files.write_text(note, text)
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
         try:
             yield partial
-            os.rename(made, output)
+            files.publish(made, output)
             shutil.rmtree(partial)
-        except (DataError, OSError) as error:
+        except (DataError, OSError):
             shutil.rmtree(partial, ignore_errors=True)
-            _explain(output, error)
             raise
 
 
 def remove_leftovers(output: Path) -> None:
     """Remove what a run left that was killed after it had made `output` and before it had tidied up."""
-    if _partial(output).is_dir():
-        with _locked(output) as partial:
+    if files.partial_name(output).is_dir():
+        with _refusing(output), files.holding(output) as partial:
             shutil.rmtree(partial)
 
 
-def _partial(output: Path) -> Path:
-    return output.with_name(f".{output.name}.partial")
-
-
 @contextlib.contextmanager
-def _locked(output: Path) -> Iterator[Path]:
-    """The folder beside `output` where it is made, held by this process alone."""
-    partial = _partial(output)
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+def _refusing(output: Path) -> Iterator[None]:
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is building {output}. Wait for it, or end it.") from None
-        yield partial
-    finally:
-        os.close(lock)
-
-
-def _explain(output: Path, error: BaseException) -> None:
-    if isinstance(error, OSError):  # a full disk gives no file name
+        yield
+    except OSError as error:
+        if error.errno is None:  # a refusal of files.py
+            raise DataError(str(error)) from error
+        # a full disk gives no file name
         raise DataError(f"{output} was not made: {error}. Put right what is named and run again.") from error
-
-
-def _clear(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
@@ -144,16 +108,15 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     `facts` carries `request`, and `splits` (name to documents and tokens) where the folder holds NAME.bin/.idx. The
     last entry is the manifest's own SHA-256, taken over the file's bytes with zeros in its place.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    present = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     outputs = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in files
+        for path in present
     }
     manifest = {"format": MANIFEST_FORMAT, **facts, "outputs": outputs, OWN_HASH: NO_HASH}
     text = json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_bytes(_with_hash(text, hashlib.sha256(text).hexdigest()))
-    partial.replace(folder / MANIFEST)
+    with files.replacing(folder / MANIFEST) as partial:
+        partial.write_bytes(_with_hash(text, hashlib.sha256(text).hexdigest()))
 
 
 def _with_hash(text: bytes, digest: str) -> bytes:

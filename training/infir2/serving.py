@@ -19,6 +19,7 @@ from typing import Any
 
 from infir2.indexed import DataError
 from infir2.processes import GuardedProcess, last_lines, without_proxy
+from infir2.stop_tokens import FILES, GENERATION, stop_tokens
 
 HOST = "127.0.0.1"
 PROBE_SECONDS = 60  # for one completion of a few tokens, once the server listens
@@ -77,13 +78,19 @@ def check_model(model: Path, backend: str, temperature: float) -> None:
             f"{model} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), and "
             "questions are asked as a chat. Copy that of the model that it was trained from."
         )
-    generation = model / "generation_config.json"
+    generation = model / GENERATION
     samples = generation.is_file() and json.loads(generation.read_text("utf-8")).get("do_sample")
     if backend == "cpu" and temperature > 0 and not samples:
         raise DataError(
             f"{generation} has no `do_sample: true`, without which `transformers serve` takes the likeliest token at "
-            f"any temperature, and {temperature} was asked for. Set it; the converter does."
+            f"any temperature, and {temperature} was asked for. Set it, as tools/convert_torch_dist_to_hf.py does."
         )
+    try:
+        # transformers reads one of the two files, SGLang both.
+        files = [GENERATION] if backend == "cpu" and generation.is_file() else FILES
+        stop_tokens(model, files)
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 @contextmanager

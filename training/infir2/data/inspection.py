@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from infir2.data.chat import ChatTokenizer, read_tokenizer
 from infir2.data.pretraining import positive
 from infir2.data.samples import Samples
+from infir2.files import write_text
 from infir2.indexed import DataError, IndexedReader
 from infir2.receipts import OWN_HASH, check_cheaply
 
@@ -326,9 +327,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     chosen = np.random.default_rng(args.seed).choice(folder.count, min(args.n, folder.count), replace=False)
     samples = [folder.sample(int(index)) for index in np.sort(chosen)]
     if args.html is not None:
-        partial = args.html.with_name(args.html.name + ".partial")
-        partial.write_text(as_page(folder, samples, args.seed), encoding="utf-8")
-        partial.replace(args.html)
+        write_text(args.html, as_page(folder, samples, args.seed))
     color = sys.stdout.isatty() if args.color is None else args.color
     for sample in samples:
         print(as_text(sample, folder.task, color))

@@ -28,6 +28,7 @@ from infir2.data import duplicates, overlap
 from infir2.data.sources import BLOCK_BYTES, Block, Rejects, Source, open_sources
 from infir2.data.tokenizer import LIBRARIES, DocumentTokenizer
 from infir2.data.workers import in_order
+from infir2.files import write_text
 from infir2.indexed import DataError, IndexedWriter, token_dtype
 from infir2.receipts import (
     OUTPUT,
@@ -102,9 +103,7 @@ class Shelf:
             self.path(number, suffix).write_bytes(data)
         hashes = {suffix: hashlib.sha256(data).hexdigest() for suffix, data in files.items()}
         receipt = {"key": key, **facts, "files": hashes}
-        unfinished = self.path(number, f"json.{os.getpid()}")
-        unfinished.write_text(json.dumps(receipt), encoding="utf-8")
-        unfinished.replace(self.path(number, "json"))
+        write_text(self.path(number, "json"), json.dumps(receipt))
         return receipt
 
 

@@ -323,8 +323,10 @@ class SGLangEngines:
     def start(self, folder: Path, scale_fmt: str, seed: int) -> None:
         """Begin to start; `wait` waits."""
         from infir2.rl.arguments import engine_precision
+        from infir2.stop_tokens import stop_tokens
 
         self.precision, self.folder = engine_precision(folder, scale_fmt), folder.resolve()
+        self.stop = stop_tokens(folder)
         scales = None if self.own_scales or self.precision == "bf16" else scale_fmt
         activations = "" if self.precision == "bf16" else f", their activations' scales {scales or 'FP32, of SGLang'}"
         logging.getLogger("rl").info("the engines' weights are %s%s", self.precision, activations)
@@ -338,10 +340,10 @@ class SGLangEngines:
 
     def wait(self) -> None:
         """Until every engine has generated a token; colocated ones then give their memory back."""
-        from infir2.rl.sglang_engine import Client, stop_tokens
+        from infir2.rl.sglang_engine import Client
 
         self.urls = self._all(self.started)
-        self.client = Client(self.urls, sorted(stop_tokens(self.folder)))
+        self.client = Client(self.urls, sorted(self.stop))
         self.make_room()
 
     def connect(self, trainers: Trainers) -> None:

@@ -131,7 +131,8 @@ def sampling(args: Namespace) -> Sampling:
 
 def engine_precision(folder: Path, scale_fmt: str) -> str:
     """ "fp8" or "bf16": what the model in `folder` is. ValueError for FP8 with other scales than training's."""
-    config = hf.HFReader(folder).config
+    reader = hf.HFReader(folder)
+    config = reader.config
     if "quantization_config" not in config:
         return "bf16"
     found = hf.scale_format_of(config)
@@ -139,6 +140,11 @@ def engine_precision(folder: Path, scale_fmt: str) -> str:
         raise ValueError(
             f"--hf-checkpoint {folder} has {found} scales, this run has {scale_fmt}; cast the model again with "
             "tools/bf16_cast_fp8.py, or set SCALE_FMT"
+        )
+    if kept := [name for name in reader.names if hf.is_fp8_linear(name) and reader.dtype(name) not in hf.FP8_DTYPES]:
+        raise ValueError(
+            f"--hf-checkpoint {folder} keeps {kept[0]!r} in BF16, the trainers hand over every linear layer in FP8; "
+            "cast the model again with tools/bf16_cast_fp8.py --precision fp8, or give a BF16 folder"
         )
     return "fp8"
 

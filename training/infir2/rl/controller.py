@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from infir2 import ray_launch
+from infir2 import files, ray_launch
 from infir2.data.chat import ChatTokenizer
 from infir2.indexed import DataError
 from infir2.precision import scale_format
@@ -193,9 +193,7 @@ class Run:
         """The data's state first: a checkpoint that is complete has one."""
         path = self.state_file(iteration)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"source": self.source.state(), "above_gate": self.above_gate}))
-        os.replace(partial, path)
+        files.write_text(path, json.dumps({"source": self.source.state(), "above_gate": self.above_gate}))
         self.trainers.save(iteration)
 
     def restore(self, iteration: int) -> None:

@@ -6,7 +6,6 @@ A resumed run repeats the steps since its last checkpoint: their lines are cut o
 
 import json
 import logging
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from infir2 import files
 from infir2.rl.grpo import Gap
 from infir2.rl.rollout import Collected, Group, Prompts, Sample
 
@@ -32,9 +32,7 @@ def keep_up_to(path: Path, step: int) -> None:
             if not line.endswith("\n") or json.loads(line)["step"] > step:
                 break
             kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    files.write_text(path, "".join(kept))
 
 
 class StepLog:
@@ -164,9 +162,7 @@ class StepLog:
                     "rollout_logprobs": [round(x, 6) for x in sample.logprobs[counted]],
                 }
             )
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        os.replace(partial, path)
+        files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def rollout_values(collected: Collected) -> dict[str, float]:

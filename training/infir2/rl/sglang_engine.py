@@ -25,7 +25,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-import json
 import logging
 import os
 import queue
@@ -275,16 +274,6 @@ class Server(Worker):
         """Every tensor that the engine holds, by its Hugging Face name; with digests, to compare with the trainer's."""
         self._refuse(not self._weights, "has released its weights")
         return sglang_weights.describe(self.url, len(self._gpus), digests=digests)
-
-
-def stop_tokens(model: Path) -> set[int]:
-    """The tokens that end a response: those of config.json and generation_config.json, where SGLang looks too."""
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        if (model / name).is_file():
-            value = json.loads((model / name).read_text()).get("eos_token_id")
-            found |= set(value if isinstance(value, list) else [] if value is None else [value])
-    return found
 
 
 # The client

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from infir2 import cpu_kernels, fp8, hf
 from infir2.rl.rollout import Request, Response, Sampling
+from infir2.stop_tokens import stop_tokens as end_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class TransformersEngine:
     """Generates with the Qwen2 model of a Hugging Face folder; its weights are those of the last `load`.
 
     folder: in BF16, or in block FP8, which makes an FP8 engine. Refuses (ValueError) FP8 with other scales than
-    `scale_fmt`.
+    `scale_fmt`, and a folder whose chat template ends a turn with a token that it does not name as a stop token.
     """
 
     def __init__(self, folder: Path | str, scale_fmt: str, batch: int = 256) -> None:
@@ -125,19 +126,6 @@ class TransformersEngine:
         for start in tqdm(starts, desc="generating", disable=len(starts) < 4 or None, leave=False):
             responses += _Batch(self.model, requests[start : start + self.batch], sampling, self.end).run()
         return responses
-
-
-def end_tokens(folder: Path | str) -> set[int]:
-    """Ids that end a response, from generation_config.json or config.json. ValueError where none is named."""
-    from transformers import GenerationConfig
-
-    try:
-        found = GenerationConfig.from_pretrained(folder).eos_token_id
-    except OSError:
-        found = AutoConfig.from_pretrained(folder).eos_token_id
-    if found is None:
-        raise ValueError(f"{folder} names no eos_token_id; a response could not end")
-    return {found} if isinstance(found, int) else set(found)
 
 
 class _Batch:
