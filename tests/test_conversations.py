@@ -356,7 +356,7 @@ def test_templates_that_do_not_fit_are_refused(tmp_path, bpe, caplog, name):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", template, bpe)
     source = write_jsonl(tmp_path / "in.jsonl", [chat("1", "A")])
     assert (
-        prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data", "--on-error", "skip") == 1
+        prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data", "--on-error", "skip") == 2
     )
     assert re.search(message, caplog.records[-1].getMessage())
     assert not (tmp_path / "data").exists()
@@ -392,13 +392,19 @@ BAD_RECORDS = {
     "not a list": (b'{"messages": "hi"}', "no messages: a str"),
     "no messages": (b'{"messages": []}', "no messages"),
     "not a message": (b'{"messages": ["hi"]}', "not a message: message 1 .* found a str"),
-    "sharegpt": (b'{"messages": [{"from": "human", "value": "1"}]}', "not a message: .*from.*value"),
+    "unknown speaker": (b'{"messages": [{"from": "narrator", "value": "1"}]}', "unknown role: .*'narrator'.*human"),
     "parts": (b'{"messages": [{"role": "user", "content": [{"text": "1"}]}]}', "not a message: .* is a list"),
     "unknown role": (b'{"messages": [{"role": "gpt", "content": "A"}]}', "unknown role: message 1 .*'gpt'"),
     "empty content": (b'{"messages": [%s, {"role": "assistant", "content": " \\n"}]}' % USER.encode(), "empty content"),
     "assistant first": (f'{{"messages": [{ANSWER}, {USER}]}}'.encode(), "roles out of order: .*assistant, user"),
     "no assistant": (f'{{"messages": [{USER}]}}'.encode(), "nothing to train on"),
-    "tools": (f'{{"messages": [{USER}, {ANSWER}], "tools": [{{}}]}}'.encode(), "tools: definitions"),
+    "tools without a name": (f'{{"messages": [{USER}, {ANSWER}], "tools": [{{}}]}}'.encode(), "tools: definitions"),
+    "tools ignored": (
+        f'{{"messages": [{USER}, {ANSWER}], "tools": [{{"name": "weather"}}]}}'.encode(),
+        "tools: the chat template does not render the definitions of .'weather'",
+    ),
+    "system column": (f'{{"messages": [{USER}, {ANSWER}], "system": ["S"]}}'.encode(), "system: field 'system' is a l"),
+    "record marked": (f'{{"messages": [{USER}, {ANSWER}], "weight": 0.5}}'.encode(), "unknown mark: .*0.5"),
     "empty file": (None, "empty file"),
 }
 
@@ -412,7 +418,7 @@ def test_bad_records_are_refused_by_line(tmp_path, folder, caplog, capsys, name)
     good.write_bytes(GOOD)
     command = ["--input", bad, good, "--tokenizer", folder, "--output", tmp_path / "data", "--workers", 1]
     where = r"bad\.jsonl" + (":2" if line is not None else "")
-    assert prepare(*command) == 1
+    assert prepare(*command) == 2
     assert re.search(f"{where}: {message}.*--on-error skip", caplog.records[-1].getMessage())
     assert not (tmp_path / "data").exists()
     assert prepare(*command, "--on-error", "skip") == 0
@@ -430,7 +436,7 @@ def test_template_that_refuses_two_users(tmp_path, bpe, caplog):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", strict, bpe)
     two_users = [*chat("1"), *chat("2", "A")]
     source = write_jsonl(tmp_path / "in.jsonl", [two_users])
-    assert prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data") == 1
+    assert prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data") == 2
     assert re.search(r"in\.jsonl:1: refused by the chat template: .*must alternate", caplog.records[-1].getMessage())
 
 
@@ -441,7 +447,7 @@ def test_over_long_samples(tmp_path, folder, bpe, caplog, capsys, choice):
     source = write_jsonl(tmp_path / "in.jsonl", [short, long, late])
     output = tmp_path / "data"
     command = ["--input", source, "--tokenizer", folder, "--output", output, "--max-length", 40, "--over-long", choice]
-    assert prepare(*command) == (1 if choice == "fail" else 0)
+    assert prepare(*command) == (2 if choice == "fail" else 0)
     if choice == "fail":
         assert "in.jsonl:2: over-long" in caplog.records[-1].getMessage()
         return

@@ -280,13 +280,13 @@ def test_decontaminate_reports_drops_and_fails(tmp_path, capsys, caplog):
     kept = [json.loads(line) for line in (tmp_path / "clean" / "kept.jsonl").read_text().splitlines()]
     assert kept == [records[1]]
     assert prepare_data.main(["verify", str(tmp_path / "clean")]) == 0
-    assert prepare_data.main([*command, "--output", str(tmp_path / "failed"), "--fail"]) == 1
+    assert prepare_data.main([*command, "--output", str(tmp_path / "failed"), "--fail"]) == 2
     assert "3 records overlap with 3 problems" in caplog.records[-1].getMessage()
 
     own = ["decontaminate", "--input", str(data), "--output", str(tmp_path / "own"), "--against"]
-    assert prepare_data.main([*own, str(tmp_path / "eval" / "own")]) == 1
+    assert prepare_data.main([*own, str(tmp_path / "eval" / "own")]) == 2
     assert "--against-key" in caplog.records[-1].getMessage()
     assert prepare_data.main([*own, str(tmp_path / "eval" / "own"), "--against-key", "task"]) == 0
     (tmp_path / "empty").mkdir()
-    assert prepare_data.main([*own, str(tmp_path / "empty")]) == 1
+    assert prepare_data.main([*own, str(tmp_path / "empty")]) == 2
     assert "holds no .jsonl" in caplog.records[-1].getMessage()

@@ -132,15 +132,15 @@ def test_damaged_and_other_files_are_refused(tmp_path, tokenizer_folder, caplog,
     for path, data in whole.items():
         path.write_bytes(data[: len(data) // 2])
         for mode in ("fail", "skip"):  # how many records are gone is not known, so that none can be counted
-            assert prepare("--input", path, *rest, "--on-error", mode) == 1
+            assert prepare("--input", path, *rest, "--on-error", mode) == 2
             assert f"{path} cannot be read" in caplog.records[-1].getMessage()
         path.write_bytes(data)
     (tmp_path / "e" / "data-00001-of-00002.arrow").unlink()
-    assert prepare("--input", paths[4], *rest) == 1
+    assert prepare("--input", paths[4], *rest) == 2
     assert "does not exist" in caplog.records[-1].getMessage()
 
     pq.write_table(pa.table({"content": ["x", "y"], "id": [1, 2]}), tmp_path / "other.parquet")
-    assert prepare("--input", tmp_path / "other.parquet", *rest) == 1
+    assert prepare("--input", tmp_path / "other.parquet", *rest) == 2
     assert "other.parquet, row 1: no text: field 'text' is missing, found ['content', 'id']" in caplog.text
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     mixed = pa.table({"text": ["one", None, " ", *texts]})
@@ -155,10 +155,10 @@ def test_dataset_dict_names_its_splits(tmp_path, tokenizer_folder, caplog):
     """Pins a folder of several splits read as one, and a folder that is none."""
     (tmp_path / "set").mkdir()
     rest = ["--valid-fraction", 0.5, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data"]
-    assert prepare("--input", tmp_path / "set", *rest) == 1
+    assert prepare("--input", tmp_path / "set", *rest) == 2
     assert "has no state.json" in caplog.records[-1].getMessage()
     (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    assert prepare("--input", tmp_path / "set", *rest) == 1
+    assert prepare("--input", tmp_path / "set", *rest) == 2
     assert "['train', 'test']" in caplog.records[-1].getMessage()
 
 
@@ -192,7 +192,7 @@ def test_blend_has_a_prefix_for_each_source_and_a_list_of_weights(tmp_path, toke
     assert sum(manifest["dropped_by_script"]["duplicate"].values()) == 2
 
     for wrong in (["web=0", "x"], ["web=1"], ["valid=1", "x"], [str(tmp_path / "web.jsonl")]):
-        assert prepare("--input", *wrong, "--input", "maths=1", tmp_path / "maths.jsonl", *rest) == 1
+        assert prepare("--input", *wrong, "--input", "maths=1", tmp_path / "maths.jsonl", *rest) == 2
         assert "NAME=WEIGHT FILE" in caplog.records[-1].getMessage()
 
 
@@ -273,7 +273,7 @@ def test_overlap_with_evaluation_sets(tmp_path, tokenizer_folder, caplog):
     (tmp_path / "v.jsonl").write_bytes(jsonl(["held out"]))
     command = ["--input", tmp_path / "t.jsonl", "--valid-input", tmp_path / "v.jsonl", "--tokenizer", tokenizer_folder,
                "--output", tmp_path / "data", "--against", tmp_path / "eval.jsonl"]  # fmt: skip
-    assert prepare(*command) == 1
+    assert prepare(*command) == 2
     assert "1 records overlap with 1 problems" in caplog.records[-1].getMessage()
     assert f"{tmp_path / 't.jsonl'}:18 holds" in (tmp_path / "data.overlap.txt").read_text()
     assert not (tmp_path / "data").exists()
@@ -293,7 +293,7 @@ def test_corpus_smaller_than_a_sample_is_refused(tmp_path, tokenizer_folder, cap
     (tmp_path / "t.jsonl").write_bytes(jsonl(some_texts(9)))
     (tmp_path / "v.jsonl").write_bytes(jsonl(["held out"]))
     command = ["--input", tmp_path / "t.jsonl", "--valid-input", tmp_path / "v.jsonl", "--tokenizer", tokenizer_folder]
-    assert prepare(*command, "--output", tmp_path / "data", "--seq-length", 4096) == 1
+    assert prepare(*command, "--output", tmp_path / "data", "--seq-length", 4096) == 2
     assert "valid split is smaller than one sample of 4097 tokens" in caplog.records[-1].getMessage()
     assert prepare(*command, "--output", tmp_path / "data", "--seq-length", 2) == 0
 
@@ -423,7 +423,7 @@ def test_difference_between_the_libraries_ends_the_run(tmp_path, tokenizer_folde
     command = ["--input", tmp_path / "t.jsonl", "--valid-fraction", 0.2, "--tokenizer", tokenizer_folder]
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer.DocumentTokenizer, "_encode_fast", wrong)
-        assert prepare(*command, "--output", tmp_path / "data") == 1
+        assert prepare(*command, "--output", tmp_path / "data") == 2
     assert "encode differently" in caplog.records[-1].getMessage()
     assert prepare(*command, "--output", tmp_path / "data") == 0
     receipt = read_manifest(tmp_path / "data")["encoded_by"]
@@ -439,7 +439,7 @@ def test_id_above_the_vocabulary_is_refused(tmp_path, tokenizer_folder, caplog, 
     (tmp_path / "t.jsonl").write_bytes(jsonl(["one"]))
     (tmp_path / "v.jsonl").write_bytes(jsonl(["two"]))
     command = ["--input", tmp_path / "t.jsonl", "--valid-input", tmp_path / "v.jsonl", "--tokenizer", tokenizer_folder]
-    assert prepare(*command, "--output", tmp_path / "data") == 1
+    assert prepare(*command, "--output", tmp_path / "data") == 2
     assert "gives id 70000, outside its vocabulary" in caplog.records[-1].getMessage()
 
 

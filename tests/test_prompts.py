@@ -105,7 +105,7 @@ def test_duplicates_are_merged_and_disputes_named(tmp_path, folder, caplog, caps
     records = [("What?", "1"), ("Why?", "2"), (" what? ", "1.0"), ("Why?", "3"), ("Why?", "2"), ("How?", "4")]
     source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": prompt, "label": label} for prompt, label in records])
     command = ["--input", source, "--tokenizer", folder, "--output", tmp_path / "data"]
-    assert prepare(*command) == 1
+    assert prepare(*command) == 2
     found = caplog.records[-1].getMessage()
     assert re.search(r"in\.jsonl:4: labels disagree: '3' here and '2' at .*in\.jsonl:2", found)
     assert prepare(*command, "--on-error", "skip") == 0
@@ -127,7 +127,7 @@ def test_splits_and_evaluation_problems(tmp_path, folder, capsys):
     dropped = json.loads(capsys.readouterr().out)["dropped"]
     assert dropped == {"in the validation split": 1, "overlaps with an evaluation set": 1}
     assert "in.jsonl:61" in (tmp_path / "a" / "overlap.txt").read_text()
-    assert prepare(*command, tmp_path / "b", "--valid-fraction", "0.2", "--against", tmp_path / "aime.jsonl") == 1
+    assert prepare(*command, tmp_path / "b", "--valid-fraction", "0.2", "--against", tmp_path / "aime.jsonl") == 2
     assert "in.jsonl:61" in (tmp_path / "b.overlap.txt").read_text()
     assert prepare(*command, tmp_path / "b", "--valid-fraction", "0.2") == 0
     ids = [{line["id"] for line in lines_of(tmp_path / "b" / f"{split}.jsonl")} for split in ("train", "valid")]
@@ -159,7 +159,7 @@ def test_bad_records_are_refused_by_line(tmp_path, folder, caplog, capsys, name)
     record, message = BAD_RECORDS[name]
     source = write_jsonl(tmp_path / "in.jsonl", [GOOD, record])
     command = ["--input", source, "--tokenizer", folder, "--output", tmp_path / "data", "--max-prompt-length", 60]
-    assert prepare(*command) == 1
+    assert prepare(*command) == 2
     assert re.search(r"in\.jsonl:2: " + message, caplog.records[-1].getMessage())
     assert not (tmp_path / "data").exists()
     assert prepare(*command, "--on-error", "skip") == 0
@@ -178,7 +178,7 @@ def test_choices(tmp_path, folder, capsys):
     assert json.loads(capsys.readouterr().out)["dropped"] == {"over-long": 1}
     assert read_manifest(tmp_path / "data")["request"]["label_kind"] == "text"
     command[-1] = 5
-    assert prepare(*command, "--over-long", "drop", "--output", tmp_path / "none") == 1
+    assert prepare(*command, "--over-long", "drop", "--output", tmp_path / "none") == 2
     assert not (tmp_path / "none").exists()
 
 
@@ -290,7 +290,7 @@ def test_inspect_shows_documents_and_prompts(tmp_path, folder, capsys):
 def test_inspect_refuses_another_tokenizer_and_split(sft, tmp_path, folder, caplog):
     """Pins text decoded with the wrong vocabulary."""
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
-    assert inspect(sft, "--tokenizer", tmp_path) == 1
+    assert inspect(sft, "--tokenizer", tmp_path) == 2
     assert "right folder with --tokenizer" in caplog.records[-1].getMessage()
-    assert inspect(sft, "--split", "valid") == 1
+    assert inspect(sft, "--split", "valid") == 2
     assert "no split 'valid', only train" in caplog.records[-1].getMessage()
