@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, processors
 
-from infir2.data.sources import read_json
+from infir2.data.sources import LongFloat, read_json
 from infir2.indexed import DataError
 from infir2.receipts import sha256_file
 
@@ -46,7 +46,10 @@ ROLES = ("system", "user", "assistant", "tool")
 THINKING = ("<think>", "</think>")
 # Fields of a message that say whether its turn is trained: 0 or false for no, 1 or true for yes.
 MARKS = ("loss", "loss_mask", "step_loss_mask", "weight", "train", "training", "trainable")
-LIKE_A_MARK = re.compile(r"loss|weight|train|mask", re.IGNORECASE)
+LIKE_A_MARK = re.compile(
+    r"(?:^|[^a-z])(?:loss|losses|weights?|train|trained|training|trainable|masks?|masked|ignored?)(?![a-z])",
+    re.IGNORECASE,
+)
 # Fields in which an assistant says something, and those that only say where it belongs.
 SAID = ("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "thoughts", "thinking_blocks",
         "reasoning_details", "reasoning_text", "analysis", "tool_plan", "refusal", "function_call")  # fmt: skip
@@ -115,11 +118,7 @@ def _check_message(where: str, value: Any) -> dict[str, Any]:
         content.encode("utf-8")
     except UnicodeError as error:
         raise BadMessages("not valid UTF-8", f"{where}: {error}") from None
-    marks = check_marks(where, message)
-    if role != "assistant" and any(marks.values()):
-        raise BadMessages(
-            "unknown mark", f"{where} ({role}) is marked {marks!r}, but only assistants' turns are trained"
-        )
+    _check_marks(where, message)
     return message
 
 
@@ -145,6 +144,8 @@ def _tool_calls(where: str, message: dict[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
             raise BadMessages("tool call", f"{where} calls a tool without a name: {call!r:.80}")
         arguments = decoded(function.get("arguments") or {}, f"arguments of {where}", "tool call")
+        if any(isinstance(leaf, LongFloat) for leaf in _leaves(arguments)):
+            raise BadMessages("tool call", f"the arguments of {where} hold a number of more digits than a float holds")
         if not isinstance(arguments, dict):
             found = f"the arguments of {where} are a {type(arguments).__name__}, not an object: {arguments!r:.80}"
             raise BadMessages("tool call", found)
@@ -163,19 +164,27 @@ def decoded(value: Any, what: str, reason: str) -> Any:
         raise BadMessages(reason, f"{what} are a string that is no JSON ({error}): {value!r:.80}") from None
 
 
-def check_marks(where: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The marks among a message's fields. Raises BadMessages for an unknown name or value, and for yes and no at once.
-
-    A record as a whole may be marked too, but only as trained: what is not to be trained is left out of the data.
-    """
-    marks = {key: part for key, part in fields.items() if LIKE_A_MARK.search(key) and part is not None}
-    unknown = {key: part for key, part in marks.items() if key not in MARKS or part not in (0, 1)}
+def _check_marks(where: str, message: dict[str, Any]) -> None:
+    """Refuses marks of a name or value that is not known, yes and no at once, and yes for what is only read."""
+    marks = {key: message[key] for key in message if LIKE_A_MARK.search(key)}
+    unknown = {key: value for key, value in marks.items() if key not in MARKS or value not in (0, 1)}
     if unknown:
         found = f"{where} has {unknown!r:.80}; known are {', '.join(MARKS)}, 0 or false and 1 or true"
         raise BadMessages("unknown mark", found)
-    if len({bool(part) for part in marks.values()}) > 1:
+    if len({bool(value) for value in marks.values()}) > 1:
         raise BadMessages("unknown mark", f"{where} is marked as trained and as not trained: {marks!r}")
-    return marks
+    if message["role"] != "assistant" and any(marks.values()):
+        found = f"{where} ({message['role']}) is marked {marks!r}, but only assistants' turns are trained"
+        raise BadMessages("unknown mark", found)
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Refuses (BadMessages) a record that is marked as not trained, or weighed, as a whole."""
+    marks = {key: record[key] for key in MARKS if record.get(key) is not None and record[key] == 0}
+    if record.get("weight", 1) not in (None, 1):
+        marks["weight"] = record["weight"]
+    if marks:
+        raise BadMessages("unknown mark", f"the record has {marks!r:.80}: mark its turns, or leave it out of the data")
 
 
 def is_trained(message: dict[str, Any]) -> bool:
@@ -287,7 +296,11 @@ class ChatTokenizer:
         self.template_sha256 = sha256(self.template.encode("utf-8")).hexdigest()
         code = re.sub(r"\{#.*?#\}", "", self.template, flags=re.DOTALL)
         self._marked = re.search(r"\{%-?\s*generation\s*-?%\}", code) is not None
-        self._arguments = {**special_tokens_map(folder), "strftime_now": _no_clock, **(template_arguments or {})}
+        self._arguments = {
+            **special_tokens_map(folder),
+            "strftime_now": partial(_no_clock, folder),
+            **(template_arguments or {}),
+        }
         self._header_in_mark = ""
         self._knows = cache(self._renders_field)
         self.end_of_turn = ""  # any, until the probe has found it
@@ -506,7 +519,7 @@ class ChatTokenizer:
                 if not all(_holds(turn, part) for part in _strings_in([function["name"], function["arguments"]])):
                     raise BadMessages("tool call", f"{where}: the chat template does not render all of {call!r:.80}")
             for name in (name for name in message if name not in ADDRESSES):
-                if all(_holds(turn, part) for part in _strings_in(message[name])):
+                if all(_holds(turn, part) for part in _leaves(message[name]) if isinstance(part, str)):
                     continue
                 if self._knows(name):
                     whole = False  # as templates cut the thoughts of earlier turns
@@ -576,7 +589,10 @@ def read_chat_template(folder: Path) -> str:
     """The default chat template of a Hugging Face folder: chat_template.jinja, else that in tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeError as error:
+            raise DataError(f"{path} cannot be read: {error}. Save it as UTF-8.") from error
     template = _read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
@@ -606,9 +622,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(
+            f"{path} holds a {type(found).__name__}, not an object. Give the folder of a Hugging Face model."
+        )
+    return found
 
 
 def read_tokenizer(path: Path) -> tuple[str, Tokenizer]:
@@ -632,10 +653,10 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def _no_clock(pattern: str) -> str:
+def _no_clock(folder: Path, pattern: str) -> str:
     raise DataError(
-        "the chat template writes today's date, so that the same data would give other bytes tomorrow. Set the date "
-        "with --apply-chat-template-kwargs (the template names the variable), or take the date out of the template."
+        f"the chat template of {folder} writes today's date, so that the same data would give other bytes tomorrow. "
+        "Set the date with --apply-chat-template-kwargs (the template names the variable), or take it out of it."
     )
 
 
@@ -665,11 +686,16 @@ def _holds(text: str, content: str) -> bool:
 
 def _strings_in(value: Any) -> Iterator[str]:
     """Every string and whole number in a value, keys aside."""
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        yield str(value)
-    elif isinstance(value, dict | list):
+    return (str(leaf) for leaf in _leaves(value) if isinstance(leaf, str | int) and not isinstance(leaf, bool))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What lists and objects in a value hold, at any depth."""
+    if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings_in(part)
+            yield from _leaves(part)
+    else:
+        yield value
 
 
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:

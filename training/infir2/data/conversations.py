@@ -23,8 +23,8 @@ from infir2.data.chat import (
     Messages,
     Rendering,
     Tools,
-    check_marks,
     check_messages,
+    check_record,
     check_tools,
     with_system,
 )
@@ -88,7 +88,7 @@ class Conversations:
         if self.messages_key not in record:
             found = f"field {self.messages_key!r} is missing, found {sorted(record)} (--messages-key names the field)"
             raise BadMessages("no messages", found)
-        check_marks("the record", record)
+        check_record(record)
         return with_system(check_messages(record[self.messages_key]), record)
 
     def _outcome(self, conversation: Conversation, sample: Encoded) -> Outcome:
