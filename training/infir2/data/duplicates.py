@@ -65,7 +65,7 @@ def nearly_as_written(text: str) -> str:
 
 def _spelled(text: str) -> str:
     if not unicodedata.is_normalized("NFKC", text):
-        text = unicodedata.normalize("NFC", text).translate(SPELLINGS)
+        text = unicodedata.normalize("NFC", text.translate(SPELLINGS))
     return " ".join(text.split())
 
 
