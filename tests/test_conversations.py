@@ -356,7 +356,7 @@ def test_templates_that_do_not_fit_are_refused(tmp_path, bpe, caplog, name):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", template, bpe)
     source = write_jsonl(tmp_path / "in.jsonl", [chat("1", "A")])
     assert (
-        prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data", "--on-error", "skip") == 1
+        prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data", "--on-error", "skip") == 2
     )
     assert re.search(message, caplog.records[-1].getMessage())
     assert not (tmp_path / "data").exists()
@@ -392,13 +392,19 @@ BAD_RECORDS = {
     "not a list": (b'{"messages": "hi"}', "no messages: a str"),
     "no messages": (b'{"messages": []}', "no messages"),
     "not a message": (b'{"messages": ["hi"]}', "not a message: message 1 .* found a str"),
-    "sharegpt": (b'{"messages": [{"from": "human", "value": "1"}]}', "not a message: .*from.*value"),
+    "unknown speaker": (b'{"messages": [{"from": "narrator", "value": "1"}]}', "unknown role: .*'narrator'.*human"),
     "parts": (b'{"messages": [{"role": "user", "content": [{"text": "1"}]}]}', "not a message: .* is a list"),
     "unknown role": (b'{"messages": [{"role": "gpt", "content": "A"}]}', "unknown role: message 1 .*'gpt'"),
     "empty content": (b'{"messages": [%s, {"role": "assistant", "content": " \\n"}]}' % USER.encode(), "empty content"),
     "assistant first": (f'{{"messages": [{ANSWER}, {USER}]}}'.encode(), "roles out of order: .*assistant, user"),
     "no assistant": (f'{{"messages": [{USER}]}}'.encode(), "nothing to train on"),
-    "tools": (f'{{"messages": [{USER}, {ANSWER}], "tools": [{{}}]}}'.encode(), "tools: definitions"),
+    "tools without a name": (f'{{"messages": [{USER}, {ANSWER}], "tools": [{{}}]}}'.encode(), "tools: definitions"),
+    "tools ignored": (
+        f'{{"messages": [{USER}, {ANSWER}], "tools": [{{"name": "weather"}}]}}'.encode(),
+        "tools: the chat template does not render the definitions of .'weather'",
+    ),
+    "system column": (f'{{"messages": [{USER}, {ANSWER}], "system": ["S"]}}'.encode(), "system: field 'system' is a l"),
+    "record marked": (f'{{"messages": [{USER}, {ANSWER}], "weight": 0.5}}'.encode(), "unknown mark: .*0.5"),
     "empty file": (None, "empty file"),
 }
 
@@ -412,7 +418,7 @@ def test_bad_records_are_refused_by_line(tmp_path, folder, caplog, capsys, name)
     good.write_bytes(GOOD)
     command = ["--input", bad, good, "--tokenizer", folder, "--output", tmp_path / "data", "--workers", 1]
     where = r"bad\.jsonl" + (":2" if line is not None else "")
-    assert prepare(*command) == 1
+    assert prepare(*command) == 2
     assert re.search(f"{where}: {message}.*--on-error skip", caplog.records[-1].getMessage())
     assert not (tmp_path / "data").exists()
     assert prepare(*command, "--on-error", "skip") == 0
@@ -430,7 +436,7 @@ def test_template_that_refuses_two_users(tmp_path, bpe, caplog):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", strict, bpe)
     two_users = [*chat("1"), *chat("2", "A")]
     source = write_jsonl(tmp_path / "in.jsonl", [two_users])
-    assert prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data") == 1
+    assert prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data") == 2
     assert re.search(r"in\.jsonl:1: refused by the chat template: .*must alternate", caplog.records[-1].getMessage())
 
 
@@ -441,7 +447,7 @@ def test_over_long_samples(tmp_path, folder, bpe, caplog, capsys, choice):
     source = write_jsonl(tmp_path / "in.jsonl", [short, long, late])
     output = tmp_path / "data"
     command = ["--input", source, "--tokenizer", folder, "--output", output, "--max-length", 40, "--over-long", choice]
-    assert prepare(*command) == (1 if choice == "fail" else 0)
+    assert prepare(*command) == (2 if choice == "fail" else 0)
     if choice == "fail":
         assert "in.jsonl:2: over-long" in caplog.records[-1].getMessage()
         return
@@ -457,6 +463,241 @@ def test_over_long_samples(tmp_path, folder, bpe, caplog, capsys, choice):
         text, trained = runs(samples, 1, bpe)[-1]
         assert trained
         assert set(text) == {"x"}
+
+
+# What must reach the tokens
+
+TOOLS_TURN = (  # Qwen2.5's own way, in short: calls as JSON between marks, definitions in a system message
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.content %}{{ message.content }}{% endif %}{% for call in message.tool_calls or [] %}"
+    "{% set call = call.function or call %}"
+    "{{ '[' + call.name + ']' + call.arguments | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}" + PROMPT
+)
+THOUGHT_BEFORE = TURN.replace(  # a field for thoughts, which is cut from all turns but the last, as in Qwen3
+    "message['content']",
+    "(('<think>' + message.reasoning_content + '</think>') if loop.last and message.reasoning_content else '')"
+    " + message['content']",
+)
+HEADER_IN_MARK = MARKED.replace("assistant\\n' }}{% generation %}{{ ", "assistant' }}{% generation %}{{ '\\n' + ")
+CUTS_THOUGHTS = TURN.replace("message['content']", "message['content'].split('</think>')[-1]")  # as R1-Distill's
+
+
+def looped(turn: str) -> str:
+    """A template of this for each message."""
+    return "{% for message in messages %}" + turn + "{% endfor %}" + PROMPT
+
+
+def call(arguments, content="", name="weather", **more) -> list[dict]:
+    """A conversation in which the assistant calls a tool, and then answers."""
+    function = {"name": name, "arguments": arguments}
+    calls = {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": function}], **more}
+    calls |= {} if content is ... else {"content": content}
+    return [*chat("How warm?"), calls, {"role": "tool", "content": "4", "tool_call_id": "c1"}, *chat("", "Four.")[1:]]
+
+
+def trained_of(output: Path, tokenizer: Tokenizer, index: int = 0) -> list[str]:
+    """The trained texts of a sample."""
+    return [text for text, trained in runs(Samples(output, "train"), index, tokenizer) if trained]
+
+
+@pytest.mark.parametrize("content", ["", None, ..., " ", "I look."])
+@pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city": "Oslo"}'])
+def test_tool_calls_are_trained_once_whatever_their_form(tmp_path, bpe, content, arguments):
+    """Pins a call refused for its empty, null or missing content, and arguments in a string that are quoted twice."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", TOOLS_TURN, bpe)
+    output = prepared(tmp_path, tokenizer, [call(arguments, content)])
+    said = content if isinstance(content, str) else ""
+    assert trained_of(output, bpe) == [f'{said}[weather]{{"city": "Oslo"}}{STOP}', f"Four.{STOP}"]
+
+
+def test_nulls_of_a_table_are_not_trained(tmp_path, bpe):
+    """Pins arguments of other tools, null, in every call: Parquet gives all rows the fields of each."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", TOOLS_TURN, bpe)
+    conversations = [call({"city": "Oslo"}), call({"a": 2, "b": {"c": 3}}, name="add"), chat("1", "A")]
+    pq.write_table(pa.table({"messages": conversations}), tmp_path / "in.parquet")
+    output = tmp_path / "data"
+    assert prepare("--input", tmp_path / "in.parquet", "--tokenizer", tokenizer, "--output", output) == 0
+    assert trained_of(output, bpe)[0] == f'[weather]{{"city": "Oslo"}}{STOP}'
+    assert trained_of(output, bpe, 1)[0] == f'[add]{{"a": 2, "b": {{"c": 3}}}}{STOP}'
+
+
+@pytest.mark.parametrize("column", ["list", "string", "strings", "none", "null", "empty"])
+def test_tools_are_rendered(tmp_path, bpe, column):
+    """Pins a column of definitions that is refused, or ignored, and one without any that is refused."""
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"big": 2**70}}}]
+    values = {"list": tools, "string": json.dumps(tools), "strings": [json.dumps(tools[0])], "null": None, "empty": []}
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", TOOLS_TURN, bpe)
+    record = {"messages": call({}), **({"tools": values[column]} if column in values else {})}
+    (tmp_path / "in.jsonl").write_text(json.dumps(record))
+    output = tmp_path / "data"
+    assert prepare("--input", tmp_path / "in.jsonl", "--tokenizer", tokenizer, "--output", output) == 0
+    read = runs(Samples(output, "train"), 0, bpe)[0][0]
+    assert read.startswith("<|im_start|>system\n" + json.dumps(tools[0]) if "s" in column else "<|im_start|>user\n")
+    assert trained_of(output, bpe)[0] == f"[weather]{{}}{STOP}"
+
+
+UNRENDERED = {
+    "thoughts in a field": ([*chat("1"), {"role": "assistant", "content": "A", "reasoning_content": "Hm."}], None),
+    "thoughts by another name": ([*chat("1"), {"role": "assistant", "content": "A", "thinking": "Hm."}], None),
+    "a call": (call({"city": "Oslo"}, "I look."), None),
+    "thoughts of the last answer": (chat("1", "<think>Hm.</think>A"), looped(CUTS_THOUGHTS)),
+    "arguments": (call({"city": "Oslo"}), TOOLS_TURN.replace(" + call.arguments | tojson", "")),
+}
+
+
+@pytest.mark.parametrize("name", UNRENDERED)
+def test_what_an_assistant_says_and_a_template_drops_is_refused(tmp_path, bpe, caplog, name):
+    """Pins thoughts, tool calls and their arguments that vanish without a word."""
+    conversation, template = UNRENDERED[name]
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", template or corpus.CHAT_TEMPLATE, bpe)
+    source = write_jsonl(tmp_path / "in.jsonl", [conversation])
+    assert prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data") == 2
+    assert re.search(r"in\.jsonl:1: (not rendered|tool call|chat template does not)", caplog.records[-1].getMessage())
+
+
+def test_what_a_template_leaves_out_on_purpose_is_counted(tmp_path, bpe, capsys):
+    """Pins earlier thoughts, other fields and messages that vanish uncounted."""
+    template = looped("{% if message.role != 'system' %}" + THOUGHT_BEFORE + "{% endif %}")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", template, bpe)
+    conversation = chat("1", "A", "2", "B", system="S")
+    conversation[2] |= {"reasoning_content": "Earlier.", "model": "large", "turn": 1}
+    conversation[4] |= {"reasoning_content": "Last."}
+    output = prepared(tmp_path, tokenizer, [conversation])
+    assert trained_of(output, bpe) == [f"A{STOP}", f"<think>Last.</think>B{STOP}"]
+    counted = json.loads(capsys.readouterr().out)["counted"]
+    assert {key: count for key, count in counted.items() if count} == {
+        "turns not rendered in full": 1,
+        "fields 'model' not rendered": 1,
+        "system messages not rendered in full": 1,
+    }
+
+
+@pytest.mark.parametrize("mark", ["loss", "weight", "loss_mask", "train"])
+@pytest.mark.parametrize("no", [0, 0.0, False])
+def test_marked_turns_are_not_trained(tmp_path, folder, bpe, mark, no):
+    """Pins a turn marked as wrong, by the names that others use, that is trained all the same."""
+    conversation = chat("2+2?", "5", "Wrong.", "4")
+    conversation[1][mark], conversation[3][mark] = no, 1
+    conversation[0][mark] = None
+    assert trained_of(prepared(tmp_path, folder, [conversation]), bpe) == [f"4{STOP}"]
+
+
+@pytest.mark.parametrize(
+    ("marks", "found"),
+    [({"weight": 0.5}, "0.5"), ({"loss_weight": 0}, "loss_weight"), ({"loss": 0, "train": 1}, "both|as trained and"),
+     ({"mask": True}, "mask"), ({"loss": "no"}, "no")],
+)  # fmt: skip
+def test_unknown_marks_are_refused(tmp_path, folder, caplog, marks, found):
+    """Pins a mark of another name or value that is ignored."""
+    source = write_jsonl(tmp_path / "in.jsonl", [[*chat("1"), {**chat("", "A")[1], **marks}]])
+    assert prepare("--input", source, "--tokenizer", folder, "--output", tmp_path / "data") == 2
+    assert re.search(rf"in\.jsonl:1: unknown mark: message 2 .*({found})", caplog.records[-1].getMessage())
+
+
+def test_fields_that_only_look_like_marks_are_taken(tmp_path, folder):
+    """Pins records refused for a field whose name holds such a word: `constraint` holds `train`."""
+    messages = chat("1", "A")
+    messages[1]["glossary"] = True
+    record = {"messages": messages, "constraints": ["short"], "loss": 1.7, "weight": 1}
+    (tmp_path / "in.jsonl").write_text(json.dumps(record))
+    assert prepare("--input", tmp_path / "in.jsonl", "--tokenizer", folder, "--output", tmp_path / "data") == 0
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_system_column_and_empty_system_message(tmp_path, bpe, caplog, key):
+    """Pins a `system` column that is ignored, and an empty system message that is refused or gives the default one."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", DEFAULT_SYSTEM, bpe)
+    records = [{"messages": chat(f"{n}", "A"), key: system} for n, system in enumerate(["Be a sailor.", None, " "])]
+    records += [{"messages": chat("4", "A", system="")}, {"messages": chat("5", "A", system="Same."), key: "Same."}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = ["--input", tmp_path / "in.jsonl", "--tokenizer", tokenizer, "--output", tmp_path / "data"]
+    assert prepare(*command) == 0
+    texts = texts_of(tmp_path / "data", "train", bpe)
+    systems = [re.match(r"(?:<\|im_start\|>)?system\n(.*?)(?:<\|im_end\|>)?\n", text)[1] for text in texts]
+    assert systems == ["Be a sailor.", "You are a helper.", "You are a helper.", "", "Same."]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": chat("1", "A", system="One."), key: "Other."}))
+    assert prepare(*command[:-1], tmp_path / "other") == 2
+    assert "system message differ: 'Other.'" in caplog.records[-1].getMessage()
+
+
+def test_sharegpt(tmp_path, folder, bpe):
+    """Pins the form that most older data has, refused."""
+    messages = [
+        {"from": "system", "value": "S"},
+        {"from": "human", "value": "1", "weight": None},
+        {"from": "gpt", "value": "A", "weight": 0},
+        {"from": "human", "value": "2"},
+        {"from": "gpt", "value": "B"},
+    ]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"conversations": messages}))
+    command = ["--input", tmp_path / "in.jsonl", "--tokenizer", folder, "--output", tmp_path / "data"]
+    assert prepare(*command, "--messages-key", "conversations") == 0
+    assert trained_of(tmp_path / "data", bpe) == [f"B{STOP}"]
+    said = [{"from": "human", "value": "1"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}]
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", TOOLS_TURN, bpe)
+    output = prepared(tmp_path, tokenizer, [[*said, {"from": "observation", "value": ""}, messages[-1]]], "--output",
+                      tmp_path / "calls")  # fmt: skip
+    assert trained_of(tmp_path / "calls", bpe) == [f'[f]{{"a": 1}}{STOP}', f"B{STOP}"], output
+
+
+def test_header_inside_a_generation_mark_is_not_trained(tmp_path, bpe):
+    """Pins the line end of the header trained, where a template's mark begins before it (Qwen2.5's, in TRL)."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", "{# {% generation %} #}" + HEADER_IN_MARK, bpe)
+    output = prepared(tmp_path, tokenizer, [chat("1", "A", "2", "\n\nB")])
+    assert "".join(trained_of(output, bpe)[0]) == f"A{STOP}"
+    assert trained_of(output, bpe)[1].endswith(f"B{STOP}")
+    plain = write_tokenizer(tmp_path / "plain", MARKED, bpe)
+    assert prepare("--input", tmp_path / "in.jsonl", "--tokenizer", plain, "--output", tmp_path / "plain_data") == 0
+    for name in ("train.bin", "train.mask"):
+        assert (output / name).read_bytes() == (tmp_path / "plain_data" / name).read_bytes()
+
+
+def test_template_that_opens_a_thought_says_what_to_use(tmp_path, bpe, caplog):
+    """Pins a refusal of R1-Distill's template that leaves its user alone, and advice that does not work."""
+    user, answer, begin, end = (
+        f"<\uff5c{name}\uff5c>"
+        for name in ("User", "Assistant", "begin\u2581of\u2581sentence", "end\u2581of\u2581sentence")
+    )
+    own = Tokenizer.from_str(bpe.to_str())
+    own.add_special_tokens([AddedToken(token, special=True) for token in (begin, end)])
+    template = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ 'USER' + message.content }}{% else %}"
+        "{{ 'ANSWER' + message.content.split('</think>')[-1] + 'END' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ANSWER<think>\\n' }}{% endif %}"
+    )
+    for word, token in {"USER": user, "ANSWER": answer, "END": end}.items():
+        template = template.replace(word, token)
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", template, own, eos=end)
+    thoughts = chat("2+2?", "<think>\nTwo.\n</think>\n\n4", "2+3?", "<think>\nThree.\n</think>\n\n5")
+    source = write_jsonl(tmp_path / "in.jsonl", [thoughts])
+    command = ["--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data"]
+    assert prepare(*command) == 2
+    assert "chat_template.jinja" in caplog.records[-1].getMessage()
+    advice = (TOOLS.parent / "docs" / "data.md").read_text(encoding="utf-8").split("```jinja\n")[1].split("```")[0]
+    (tokenizer / "chat_template.jinja").write_text(advice.removesuffix("\n"), encoding="utf-8")
+    assert prepare(*command) == 0
+    assert trained_of(tmp_path / "data", own) == [message["content"] + end for message in thoughts[1::2]]
+
+
+def test_times_beside_the_messages_are_read(tmp_path, folder):
+    """Pins a traceback over a column of nanoseconds, or of years beyond Python's, that nobody asked for."""
+    times = pa.array([1700000000123456789], pa.timestamp("ns", "Nowhere/Land"))
+    years = pa.array([10**15], pa.timestamp("ms"))
+    nested = pa.array([{"at": 1, "after": 5}], pa.struct([("at", pa.time64("ns")), ("after", pa.duration("ns"))]))
+    columns = {"messages": [chat("1", "A")], "created": times, "gone": years, "info": nested}
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    assert prepare("--input", tmp_path / "in.parquet", "--tokenizer", folder, "--output", tmp_path / "data") == 0
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_broken_files_of_a_tokenizer_are_refused_by_name(tmp_path, bpe, caplog, name):
+    """Pins tracebacks over a template in another encoding, and over a configuration that is a list."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", corpus.CHAT_TEMPLATE, bpe)
+    (tokenizer / name).write_bytes("é".encode("latin-1") if name.endswith("jinja") else b"[]")
+    source = write_jsonl(tmp_path / "in.jsonl", [chat("1", "A")])
+    assert prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data") == 2
+    assert name in caplog.records[-1].getMessage()
 
 
 # Splits, receipts, processes

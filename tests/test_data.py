@@ -275,7 +275,7 @@ def test_bad_input_is_refused_by_file_and_line(tmp_path, command, caplog, capsys
     (tmp_path / "in.jsonl").write_bytes(content)
     bad = ["--input", tmp_path / "in.jsonl", tmp_path / "train.jsonl", *command[2:], "--keep-duplicates"]
     before = sorted(tmp_path.iterdir())
-    assert prepare(*bad) == 1
+    assert prepare(*bad) == 2
     assert re.search(message + r".*--on-error skip", caplog.records[-1].getMessage())
     assert sorted(tmp_path.iterdir()) == before
 
@@ -290,14 +290,14 @@ def test_empty_corpus_and_unknown_inputs_are_refused(tmp_path, command, caplog):
     (tmp_path / "in.jsonl").write_bytes(b"[]\n")
     (tmp_path / "in.csv").write_bytes(b"text\n")
     for source, message in {"in.jsonl": "no documents", "in.csv": "neither", "gone.jsonl": "does not exist"}.items():
-        assert prepare("--input", tmp_path / source, *command[2:], "--on-error", "skip") == 1
+        assert prepare("--input", tmp_path / source, *command[2:], "--on-error", "skip") == 2
         assert message in caplog.records[-1].getMessage()
     assert not (tmp_path / "data").exists()
 
 
 def test_tokenizer_without_document_end_is_refused(tmp_path, command, caplog):
     """Pins documents joined without a boundary, or with another token taken for it."""
-    assert prepare(*command, "--eod-token", "</s>") == 1
+    assert prepare(*command, "--eod-token", "</s>") == 2
     assert "no document-end token '</s>'" in caplog.records[-1].getMessage()
     assert "<|endoftext|>" in caplog.records[-1].getMessage()
 
@@ -318,11 +318,11 @@ def test_second_run_reuses_and_another_request_is_refused(tmp_path, command, cap
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()} == written
 
     write_jsonl(tmp_path / "train.jsonl", [*TEXTS, "one more"])
-    assert prepare(*command) == 1
+    assert prepare(*command) == 2
     assert "inputs differ" in caplog.records[-1].getMessage()
     write_jsonl(tmp_path / "train.jsonl", TEXTS)
     (tmp_path / "data" / "train.bin").write_bytes(b"")
-    assert prepare(*command) == 1
+    assert prepare(*command) == 2
     assert "train.bin has 0 bytes" in caplog.records[-1].getMessage()
 
 
@@ -346,7 +346,7 @@ def test_full_disk_leaves_nothing(tmp_path, command):
         capture_output=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert b"data was not made" in result.stderr
     assert sorted(tmp_path.iterdir()) == before
 

@@ -10,6 +10,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -211,6 +212,52 @@ def test_what_decides_a_match(against):
     assert match.problem_excerpt == text[:300]
 
 
+def counted(form: str, first: int = 1):
+    """A writing that puts a number before each sentence."""
+
+    def write(text: str) -> str:
+        sentences = re.split(r"(?<=[.?!])\s+", text)
+        return " ".join(form.format(number) + sentence for number, sentence in enumerate(sentences, first))
+
+    return write
+
+
+DISGUISES = {
+    "decimal entities": lambda text: "".join(f"&#{ord(character)};" for character in text),
+    "hexadecimal entities": lambda text: "".join(f"&#x{ord(character):X};" for character in text),
+    "entities of marks": lambda text: re.sub(r"[^\w\s]", lambda match: f"&#{ord(match[0])};", text),
+    "entities in entities": lambda text: "".join(f"&amp;#{ord(character)};" for character in text),
+    "1.": counted("{}. "),
+    "1": counted("{} "),
+    "(1)": counted("({}) "),
+    "[7]": counted("[{}] ", 7),
+    "#1": counted("#{} "),
+    "**1.**": counted("**{}.** "),
+    "1)": counted("\n{}) "),
+}
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_disguised_problems_are_found(against, name):
+    """Pins problems in HTML's numeric entities, and with a number before each sentence: none was found."""
+    missed = [number for number, problem in enumerate(BENCHMARK) if not against.find(DISGUISES[name](problem))]
+    assert missed == []
+    embedding = "Here is one more for today. {} Think well, and say why."
+    missed = [n for n, problem in enumerate(BENCHMARK) if not against.find(embedding.format(DISGUISES[name](problem)))]
+    assert missed == []
+
+
+def test_other_numbers_at_a_sentence_s_beginning_are_another_problem():
+    """Pins a template taken for its problem because its other numbers look like a count of sentences."""
+    problem = (
+        "There are 5 people in a room of an old house. 3 of them are tall. 2 of them sing. How many ways to line up?"
+    )
+    found = contamination([problem])
+    assert found.find(problem) != []
+    for other in (problem.replace(" 3 of", " 13 of"), problem.replace(" 3 of", " 13 of").replace(" 2 of", " 12 of")):
+        assert found.find(other) == []
+
+
 def test_symbols_and_commands_become_the_same():
     """Pins canonical forms that differ between plain text and LaTeX."""
     pairs = [
@@ -255,6 +302,30 @@ def evaluation_folders(folder: Path) -> list[Path]:
     return [folder / "aime24", folder / "gpqa" / "train.jsonl", folder / "lcb"]
 
 
+def test_kept_records_lose_nothing(tmp_path):
+    """Pins a traceback over decimals, bytes and times of a table, and integers above 64 bits written as floats."""
+    sets = evaluation_folders(tmp_path / "eval")
+    lines = [b'{"text": "one",  "n": 42391158275216203514294433201, "x": 1.50, "y": NaN}', b'{"text": "tw\\u006f"}']
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    columns = {
+        "text": ["three"],
+        "price": pa.array([Decimal("1.50")]),
+        "raw": [b"\xff"],
+        "at": pa.array([1700000000123456789], pa.timestamp("ns")),
+        "nested": [[{"cost": Decimal("12345678901234567890.5")}]],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    inputs = [str(tmp_path / name) for name in ("in.jsonl", "in.parquet")]
+    command = ["decontaminate", "--input", *inputs, "--against", str(sets[0]), "--drop", "--output"]
+    assert prepare_data.main([*command, str(tmp_path / "out")]) == 0
+    kept = (tmp_path / "out" / "kept.jsonl").read_bytes().split(b"\n")
+    assert kept[:2] == lines
+    assert kept[2] == (
+        b'{"text":"three","price":1.50,"raw":"/w==","at":"2023-11-14 22:13:20.123456789",'
+        b'"nested":[{"cost":12345678901234567890.5}]}'
+    )
+
+
 def test_decontaminate_reports_drops_and_fails(tmp_path, capsys, caplog):
     """Pins formats of evaluation sets that are passed over, a report without pairs, --drop that drops others."""
     sets = evaluation_folders(tmp_path / "eval")
@@ -280,13 +351,13 @@ def test_decontaminate_reports_drops_and_fails(tmp_path, capsys, caplog):
     kept = [json.loads(line) for line in (tmp_path / "clean" / "kept.jsonl").read_text().splitlines()]
     assert kept == [records[1]]
     assert prepare_data.main(["verify", str(tmp_path / "clean")]) == 0
-    assert prepare_data.main([*command, "--output", str(tmp_path / "failed"), "--fail"]) == 1
+    assert prepare_data.main([*command, "--output", str(tmp_path / "failed"), "--fail"]) == 2
     assert "3 records overlap with 3 problems" in caplog.records[-1].getMessage()
 
     own = ["decontaminate", "--input", str(data), "--output", str(tmp_path / "own"), "--against"]
-    assert prepare_data.main([*own, str(tmp_path / "eval" / "own")]) == 1
+    assert prepare_data.main([*own, str(tmp_path / "eval" / "own")]) == 2
     assert "--against-key" in caplog.records[-1].getMessage()
     assert prepare_data.main([*own, str(tmp_path / "eval" / "own"), "--against-key", "task"]) == 0
     (tmp_path / "empty").mkdir()
-    assert prepare_data.main([*own, str(tmp_path / "empty")]) == 1
+    assert prepare_data.main([*own, str(tmp_path / "empty")]) == 2
     assert "holds no .jsonl" in caplog.records[-1].getMessage()

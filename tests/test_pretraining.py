@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -132,15 +133,15 @@ def test_damaged_and_other_files_are_refused(tmp_path, tokenizer_folder, caplog,
     for path, data in whole.items():
         path.write_bytes(data[: len(data) // 2])
         for mode in ("fail", "skip"):  # how many records are gone is not known, so that none can be counted
-            assert prepare("--input", path, *rest, "--on-error", mode) == 1
+            assert prepare("--input", path, *rest, "--on-error", mode) == 2
             assert f"{path} cannot be read" in caplog.records[-1].getMessage()
         path.write_bytes(data)
     (tmp_path / "e" / "data-00001-of-00002.arrow").unlink()
-    assert prepare("--input", paths[4], *rest) == 1
+    assert prepare("--input", paths[4], *rest) == 2
     assert "does not exist" in caplog.records[-1].getMessage()
 
     pq.write_table(pa.table({"content": ["x", "y"], "id": [1, 2]}), tmp_path / "other.parquet")
-    assert prepare("--input", tmp_path / "other.parquet", *rest) == 1
+    assert prepare("--input", tmp_path / "other.parquet", *rest) == 2
     assert "other.parquet, row 1: no text: field 'text' is missing, found ['content', 'id']" in caplog.text
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     mixed = pa.table({"text": ["one", None, " ", *texts]})
@@ -151,14 +152,46 @@ def test_damaged_and_other_files_are_refused(tmp_path, tokenizer_folder, caplog,
     assert dropped == {"no text": 3, "empty document": 1, "empty file": 1}
 
 
+def test_byte_order_marks_are_no_text(tmp_path, tokenizer_folder):
+    """Pins a mark that is trained (.txt) or refuses the first record (.jsonl); also after joined files, and packed."""
+    mark, lines = b"\xef\xbb\xbf", [jsonl([text]) for text in ("a b", "c d", "e f")]
+    (tmp_path / "a.jsonl").write_bytes(mark + lines[0] + lines[1] + mark + lines[2] + mark)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(mark + lines[0].replace(b"a b", b"a c")))
+    (tmp_path / "c.txt").write_bytes(mark + b"g \xef\xbb\xbf h")
+    (tmp_path / "v.txt").write_bytes(mark + b"valid")
+    inputs = [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.txt")]
+    rest = ["--valid-input", tmp_path / "v.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "data"]
+    assert prepare("--input", *inputs, *rest) == 0
+    assert decoded(tmp_path / "data" / "train", tokenizer_folder) == ["a b", "c d", "e f", "a c", "g \ufeff h"]
+    assert decoded(tmp_path / "data" / "valid", tokenizer_folder) == ["valid"]
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_gzip_with_zeros_at_its_end(tmp_path, tokenizer_folder, caplog, members):
+    """Pins whole archives refused for the zeros with which some writers fill a block; a cut one is refused."""
+    texts = some_texts(40)
+    packed = b"".join(gzip.compress(jsonl(texts[start::members])) for start in range(members)) + b"\0" * 1000
+    (tmp_path / "in.jsonl.gz").write_bytes(packed)
+    (tmp_path / "v.jsonl").write_bytes(jsonl(["valid"]))
+    rest = ["--valid-input", tmp_path / "v.jsonl", "--tokenizer", tokenizer_folder]
+    assert prepare("--input", tmp_path / "in.jsonl.gz", *rest, "--output", tmp_path / "data") == 0
+    expected = [text for start in range(members) for text in texts[start::members]]
+    assert decoded(tmp_path / "data" / "train", tokenizer_folder) == expected
+    assert read_manifest(tmp_path / "data")["inputs"]["train"][0]["sha256"] == hashlib.sha256(packed).hexdigest()
+    for number, damaged in enumerate((packed[: len(packed) // 4], packed.rstrip(b"\0") + b"tail")):
+        (tmp_path / "in.jsonl.gz").write_bytes(damaged)
+        assert prepare("--input", tmp_path / "in.jsonl.gz", *rest, "--output", tmp_path / f"none{number}") == 2
+        assert "in.jsonl.gz cannot be read" in caplog.records[-1].getMessage()
+
+
 def test_dataset_dict_names_its_splits(tmp_path, tokenizer_folder, caplog):
     """Pins a folder of several splits read as one, and a folder that is none."""
     (tmp_path / "set").mkdir()
     rest = ["--valid-fraction", 0.5, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data"]
-    assert prepare("--input", tmp_path / "set", *rest) == 1
+    assert prepare("--input", tmp_path / "set", *rest) == 2
     assert "has no state.json" in caplog.records[-1].getMessage()
     (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    assert prepare("--input", tmp_path / "set", *rest) == 1
+    assert prepare("--input", tmp_path / "set", *rest) == 2
     assert "['train', 'test']" in caplog.records[-1].getMessage()
 
 
@@ -192,7 +225,7 @@ def test_blend_has_a_prefix_for_each_source_and_a_list_of_weights(tmp_path, toke
     assert sum(manifest["dropped_by_script"]["duplicate"].values()) == 2
 
     for wrong in (["web=0", "x"], ["web=1"], ["valid=1", "x"], [str(tmp_path / "web.jsonl")]):
-        assert prepare("--input", *wrong, "--input", "maths=1", tmp_path / "maths.jsonl", *rest) == 1
+        assert prepare("--input", *wrong, "--input", "maths=1", tmp_path / "maths.jsonl", *rest) == 2
         assert "NAME=WEIGHT FILE" in caplog.records[-1].getMessage()
 
 
@@ -248,6 +281,54 @@ def test_near_duplicates(tmp_path, tokenizer_folder):
     assert sum(dropped.values()) == 120 - 5 - len(kept)
 
 
+JAPANESE = "日本語の文章では単語の間に空白を置かないので、五つの単語ではなく五つの文字で比べる。"
+UNSPACED = {"Chinese": range(0x4E00, 0x9FFF), "Japanese": [*map(ord, set(JAPANESE))], "Thai": range(0xE01, 0xE2F)}
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_near_duplicates_without_spaces(tmp_path, tokenizer_folder, script):
+    """Pins near duplicates of scripts without spaces between words, of which none was found; others stay."""
+    choice = random.Random(5)
+    texts = ["".join(map(chr, choice.choices(list(UNSPACED[script]), k=400))) for _ in range(4)]
+    near = [text[:200] + "!" + text[201:] for text in texts[:2]]
+    (tmp_path / "in.jsonl").write_bytes(jsonl([*texts, *near]))
+    (tmp_path / "v.jsonl").write_bytes(jsonl(["another text"]))
+    command = ["--input", tmp_path / "in.jsonl", "--valid-input", tmp_path / "v.jsonl", "--tokenizer", tokenizer_folder]
+    assert prepare(*command, "--near-duplicates", 0.8, "--output", tmp_path / "data") == 0
+    assert decoded(tmp_path / "data" / "train", tokenizer_folder) == texts
+    assert read_manifest(tmp_path / "data")["dropped"] == {"near duplicate": 2}
+
+
+def test_words_are_compared_as_before():
+    """Pins signatures of texts with spaces that change: what is left out of a corpus would change with them."""
+    text = duplicates.normalised("The Über-long words of a text, 12 of them, привет мир, 1 + 1 = 2 and so on")
+    words = text.split(" ")
+    shingles = [" ".join(words[at : at + 5]) for at in range(len(words) - 4)]
+    expected = duplicates.RMinHash.digests_from_token_sets([shingles], duplicates.PERMUTATIONS, duplicates.SEED)
+    assert duplicates.signatures([text]).tolist() == [list(row) for row in expected]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("2³ + 1", "23 + 1"), ("3½", "31/2"), ("3½", "31\u20442"), ("x₁", "x1"), ("10⁻³", "10-3"), ("①", "1"),
+     ("\U0001d431 = 1", "x = 1"), ("Ⅳ", "IV"), ("5 m²", "5 m2"), ("ª", "a"), ("㎡", "m2")],
+)  # fmt: skip
+def test_normal_form_keeps_different_mathematics_apart(one, other):
+    """Pins a power taken for digits that follow each other, and the like: NFKC makes them equal."""
+    assert duplicates.normalised(one) != duplicates.normalised(other)
+    assert duplicates.nearly_as_written(one) != duplicates.nearly_as_written(other)
+
+
+def test_normal_form_joins_what_is_the_same():
+    """Pins duplicates missed over width, composition, case or space."""
+    for form in (duplicates.normalised, duplicates.nearly_as_written):
+        assert form("\uff11\uff12 \uff21\uff22\u3000ｶﾞ\u00a0ﬁn") == form("12  AB ガ fin")
+        assert form("Cafe\u0301\n Is") == form("café is")
+    assert duplicates.normalised("ABC x") == duplicates.normalised("abc X")
+    for one, other in (("Find X", "find x"), ("AB = 1", "ab = 1"), ("Äx", "äX")):
+        assert duplicates.nearly_as_written(one) != duplicates.nearly_as_written(other)
+
+
 @pytest.mark.parametrize(
     ("text", "script"),
     [
@@ -273,7 +354,7 @@ def test_overlap_with_evaluation_sets(tmp_path, tokenizer_folder, caplog):
     (tmp_path / "v.jsonl").write_bytes(jsonl(["held out"]))
     command = ["--input", tmp_path / "t.jsonl", "--valid-input", tmp_path / "v.jsonl", "--tokenizer", tokenizer_folder,
                "--output", tmp_path / "data", "--against", tmp_path / "eval.jsonl"]  # fmt: skip
-    assert prepare(*command) == 1
+    assert prepare(*command) == 2
     assert "1 records overlap with 1 problems" in caplog.records[-1].getMessage()
     assert f"{tmp_path / 't.jsonl'}:18 holds" in (tmp_path / "data.overlap.txt").read_text()
     assert not (tmp_path / "data").exists()
@@ -293,7 +374,7 @@ def test_corpus_smaller_than_a_sample_is_refused(tmp_path, tokenizer_folder, cap
     (tmp_path / "t.jsonl").write_bytes(jsonl(some_texts(9)))
     (tmp_path / "v.jsonl").write_bytes(jsonl(["held out"]))
     command = ["--input", tmp_path / "t.jsonl", "--valid-input", tmp_path / "v.jsonl", "--tokenizer", tokenizer_folder]
-    assert prepare(*command, "--output", tmp_path / "data", "--seq-length", 4096) == 1
+    assert prepare(*command, "--output", tmp_path / "data", "--seq-length", 4096) == 2
     assert "valid split is smaller than one sample of 4097 tokens" in caplog.records[-1].getMessage()
     assert prepare(*command, "--output", tmp_path / "data", "--seq-length", 2) == 0
 
@@ -423,7 +504,7 @@ def test_difference_between_the_libraries_ends_the_run(tmp_path, tokenizer_folde
     command = ["--input", tmp_path / "t.jsonl", "--valid-fraction", 0.2, "--tokenizer", tokenizer_folder]
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer.DocumentTokenizer, "_encode_fast", wrong)
-        assert prepare(*command, "--output", tmp_path / "data") == 1
+        assert prepare(*command, "--output", tmp_path / "data") == 2
     assert "encode differently" in caplog.records[-1].getMessage()
     assert prepare(*command, "--output", tmp_path / "data") == 0
     receipt = read_manifest(tmp_path / "data")["encoded_by"]
@@ -439,8 +520,34 @@ def test_id_above_the_vocabulary_is_refused(tmp_path, tokenizer_folder, caplog, 
     (tmp_path / "t.jsonl").write_bytes(jsonl(["one"]))
     (tmp_path / "v.jsonl").write_bytes(jsonl(["two"]))
     command = ["--input", tmp_path / "t.jsonl", "--valid-input", tmp_path / "v.jsonl", "--tokenizer", tokenizer_folder]
-    assert prepare(*command, "--output", tmp_path / "data") == 1
+    assert prepare(*command, "--output", tmp_path / "data") == 2
     assert "gives id 70000, outside its vocabulary" in caplog.records[-1].getMessage()
+
+
+NUMBERS = ["18446744073709551616", "-9223372036854775809", "18446744073709551615", "1" * 400, "0.1", "-1.5e-7", "12.50"]
+LONG = ["0.1000000000000000055511151231257827", "3.14159265358979323846", "1234567890.123456789", "1e400"]
+
+
+@pytest.mark.parametrize("digits", NUMBERS + LONG)
+def test_numbers_keep_their_digits(digits):
+    """Pins integers above 64 bits that become floats, and digits that a float lacks."""
+    for text in (digits, f'{{"a": [{digits}]}}'):
+        value = sources.read_json(text.encode())
+        value = value if text == digits else value["a"][0]
+        assert value == json.loads(digits)
+        assert type(value) in (int, float, sources.LongFloat)
+        assert digits not in LONG or str(value) == digits
+        assert pickle.loads(pickle.dumps(value)) == value
+        assert str(pickle.loads(pickle.dumps(value))) == str(value)
+
+
+def test_bench_data_names_a_bad_tokenizer(tmp_path, caplog, tokenizer_folder):
+    """Pins a traceback, after minutes, for a folder without tokenizer or a document end that it lacks."""
+    bench = importlib.import_module("bench_data")
+    assert bench.main(["--tokenizer", str(tmp_path)]) == 2
+    assert "tokenizer.json does not exist" in caplog.records[-1].getMessage()
+    assert bench.main(["--tokenizer", str(tokenizer_folder), "--eod-token", "none"]) == 2
+    assert "no document-end token 'none'" in caplog.records[-1].getMessage()
 
 
 def test_blocks_hold_whole_lines(tmp_path):

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import sys
+from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -61,12 +62,121 @@ def test_mathematics_is_taken(label):
 @pytest.mark.parametrize(
     "label",
     ["the answer is 5", "no solution", "hello", r"\text{even}", r"\boxed{\text{even}}", r"\frac{1}{", "?", "-", "=",
-     "日本", "1/0", r"\frac{0}{0}", "10 000", "1 2", "1e5", "3..4", "12\n13", "$"],
+     "日本", "1/0", "\uff11\uff12", "٣٤", "१२", "2³", "3½", "1\uff0c5", "x₁", "五", "1_000", r"1\_000", "10_2", "1 000",
+     "0x1F", "1,0000", "0,05", "1.2.3", "1|2", r"1\,000", "12\u201313", "1\u202f000", r"\frac{0}{0}", "10 000", "1 2",
+     "1e5", "3..4", "12\n13", "$"],
 )  # fmt: skip
 def test_what_a_reward_would_misread_is_refused(label):
     """Pins labels that never match, or match a wrong answer: math-verify takes words for products of letters, "10 000"
     for 0, and finds the 5 in a sentence."""
     assert not is_mathematics(label)
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [("\uff11\uff12", "FULLWIDTH DIGIT ONE"), ("٣٤", "ARABIC-INDIC DIGIT THREE"), ("1_000", "underscore"),
+     ("2³", "SUPERSCRIPT"), ("10 000", "digits apart"), ("1e5", "exponent"), ("0,05", "comma")],
+)  # fmt: skip
+def test_misread_labels_are_refused_by_name(tmp_path, folder, caplog, label, words):
+    """Pins labels that pass although the reward reads another number, and refusals that do not say why."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "1+1?", "label": label}])
+    command = ["--input", source, "--tokenizer", folder, "--output", tmp_path / "data"]
+    assert prepare(*command) == 2
+    found = caplog.records[-1].getMessage()
+    assert re.search(rf"in\.jsonl:1: label does not parse: .*{words}", found)
+    assert prepare(*command, "--label-kind", "text") == 0
+
+
+def test_numbers_as_labels_keep_their_digits(tmp_path, folder, caplog):
+    """Pins 42391158275216203514294433201 that becomes 4.239e28, in JSON, and decimals of a table refused."""
+    digits = ["42391158275216203514294433201", "18446744073709551616", "-9223372036854775809", "9007199254740993",
+              "3.14159265358979323846", "0.5", "7"]  # fmt: skip
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(f'{{"prompt": "{n}", "label": {label}}}\n' for n, label in enumerate(digits)))
+    command = ["--tokenizer", folder, "--output"]
+    assert prepare("--input", source, *command, tmp_path / "data") == 0
+    assert [line["label"] for line in lines_of(tmp_path / "data" / "train.jsonl")] == digits
+    decimals = pa.array([Decimal("12345678901234567890.50")], pa.decimal128(30, 2))
+    pq.write_table(pa.table({"prompt": ["1"], "label": decimals}), tmp_path / "in.parquet")
+    assert prepare("--input", tmp_path / "in.parquet", *command, tmp_path / "decimals") == 0
+    assert lines_of(tmp_path / "decimals" / "train.jsonl")[0]["label"] == "12345678901234567890.50"
+    for number, lost in enumerate((2.0**53, float("nan"))):
+        pq.write_table(pa.table({"prompt": ["1"], "label": [lost]}), tmp_path / "in.parquet")
+        assert prepare("--input", tmp_path / "in.parquet", *command, tmp_path / f"none{number}") == 2
+        assert "may have lost digits" in caplog.records[-1].getMessage()
+
+
+def test_prompts_of_other_mathematics_are_not_merged(tmp_path, folder):
+    """Pins 2³ and 23, X and x, that count as one prompt: a false dispute, or a prompt that is lost."""
+    prompts = [
+        "What is 2³ + 1?",
+        "What is 23 + 1?",
+        "Let X=2, x=3. Find X.",
+        "Let X=2, x=3. Find x.",
+        "what is  23 + 1?",
+    ]
+    labels = ["9", "24", "2", "3", "24"]
+    records = [{"prompt": prompt, "label": label} for prompt, label in zip(prompts, labels, strict=True)]
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    assert prepare("--input", source, "--tokenizer", folder, "--output", tmp_path / "data") == 0
+    lines = lines_of(tmp_path / "data" / "train.jsonl")
+    assert [line["label"] for line in lines] == labels[:4]
+    assert len({line["id"] for line in lines}) == 4
+
+
+def test_dapo_as_it_is_published(tmp_path, folder, caplog):
+    """Pins the data set of the recipe refused: its label is a field inside another one."""
+    rows = [
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"content": f"What is {n} + 1?", "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": str(n + 1), "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": f"{n}"},
+        }
+        for n in (1, 2, 1)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "dapo.parquet")
+    command = ["--input", tmp_path / "dapo.parquet", "--tokenizer", folder, "--output"]
+    assert prepare(*command, tmp_path / "data") == 0
+    assert [line["label"] for line in lines_of(tmp_path / "data" / "train.jsonl")] == ["2", "3"]
+    assert prepare(*command, tmp_path / "named", "--label-key", "extra_info.index") == 0
+    assert [line["label"] for line in lines_of(tmp_path / "named" / "train.jsonl")] == ["1", "2"]
+    assert prepare(*command, tmp_path / "none", "--label-key", "answer") == 2
+    assert "reward_model.ground_truth" in caplog.records[-1].getMessage()
+
+
+def test_metadata_is_carried(tmp_path, folder):
+    """Pins rewards that need more than a label (reasoning-gym's): metadata was dropped."""
+    metadata = {"source_dataset": "countdown", "numbers": [3, 2**70], "nothing": None}
+    values = [metadata, json.dumps(metadata), "from a book", None]
+    records = [{"prompt": f"{n}?", "label": "1", "metadata": value} for n, value in enumerate(values)]
+    source = write_jsonl(tmp_path / "in.jsonl", [*records, {"prompt": "last?", "label": "1"}])
+    assert prepare("--input", source, "--tokenizer", folder, "--output", tmp_path / "data") == 0
+    lines = lines_of(tmp_path / "data" / "train.jsonl")
+    assert [line.get("metadata") for line in lines] == [metadata, metadata, None, None, None]
+    assert sum("metadata" in line for line in lines) == 2
+    table = pa.table({"prompt": ["1?", "2?"], "label": ["1", "2"], "extra": [{"a": {"n": 1}}, {"b": Decimal("1.5")}]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    command = ["--input", tmp_path / "in.parquet", "--tokenizer", folder, "--output", tmp_path / "table"]
+    assert prepare(*command, "--metadata-key", "extra") == 0
+    assert [line["metadata"] for line in lines_of(tmp_path / "table" / "train.jsonl")] == [
+        {"a": {"n": 1}},
+        {"b": "1.5"},
+    ]
+
+
+def test_system_column_and_tools_of_prompts(tmp_path, folder, caplog):
+    """Pins a `system` column that is ignored, and tools that the model would never see."""
+    record = {"prompt": "1+1?", "label": "2", "system": "Be brief.", "tools": []}
+    source = write_jsonl(tmp_path / "in.jsonl", [record])
+    command = ["--input", source, "--tokenizer", folder, "--output"]
+    assert prepare(*command, tmp_path / "data") == 0
+    (line,) = lines_of(tmp_path / "data" / "train.jsonl")
+    assert line["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    write_jsonl(source, [{**record, "tools": [{"name": "weather"}]}])
+    assert prepare(*command, tmp_path / "none") == 2
+    assert "in.jsonl:1: tools: definitions of tools are not given" in caplog.records[-1].getMessage()
 
 
 def test_labels_are_compared_as_mathematics():
@@ -105,7 +215,7 @@ def test_duplicates_are_merged_and_disputes_named(tmp_path, folder, caplog, caps
     records = [("What?", "1"), ("Why?", "2"), (" what? ", "1.0"), ("Why?", "3"), ("Why?", "2"), ("How?", "4")]
     source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": prompt, "label": label} for prompt, label in records])
     command = ["--input", source, "--tokenizer", folder, "--output", tmp_path / "data"]
-    assert prepare(*command) == 1
+    assert prepare(*command) == 2
     found = caplog.records[-1].getMessage()
     assert re.search(r"in\.jsonl:4: labels disagree: '3' here and '2' at .*in\.jsonl:2", found)
     assert prepare(*command, "--on-error", "skip") == 0
@@ -127,7 +237,7 @@ def test_splits_and_evaluation_problems(tmp_path, folder, capsys):
     dropped = json.loads(capsys.readouterr().out)["dropped"]
     assert dropped == {"in the validation split": 1, "overlaps with an evaluation set": 1}
     assert "in.jsonl:61" in (tmp_path / "a" / "overlap.txt").read_text()
-    assert prepare(*command, tmp_path / "b", "--valid-fraction", "0.2", "--against", tmp_path / "aime.jsonl") == 1
+    assert prepare(*command, tmp_path / "b", "--valid-fraction", "0.2", "--against", tmp_path / "aime.jsonl") == 2
     assert "in.jsonl:61" in (tmp_path / "b.overlap.txt").read_text()
     assert prepare(*command, tmp_path / "b", "--valid-fraction", "0.2") == 0
     ids = [{line["id"] for line in lines_of(tmp_path / "b" / f"{split}.jsonl")} for split in ("train", "valid")]
@@ -159,7 +269,7 @@ def test_bad_records_are_refused_by_line(tmp_path, folder, caplog, capsys, name)
     record, message = BAD_RECORDS[name]
     source = write_jsonl(tmp_path / "in.jsonl", [GOOD, record])
     command = ["--input", source, "--tokenizer", folder, "--output", tmp_path / "data", "--max-prompt-length", 60]
-    assert prepare(*command) == 1
+    assert prepare(*command) == 2
     assert re.search(r"in\.jsonl:2: " + message, caplog.records[-1].getMessage())
     assert not (tmp_path / "data").exists()
     assert prepare(*command, "--on-error", "skip") == 0
@@ -178,7 +288,7 @@ def test_choices(tmp_path, folder, capsys):
     assert json.loads(capsys.readouterr().out)["dropped"] == {"over-long": 1}
     assert read_manifest(tmp_path / "data")["request"]["label_kind"] == "text"
     command[-1] = 5
-    assert prepare(*command, "--over-long", "drop", "--output", tmp_path / "none") == 1
+    assert prepare(*command, "--over-long", "drop", "--output", tmp_path / "none") == 2
     assert not (tmp_path / "none").exists()
 
 
@@ -290,7 +400,7 @@ def test_inspect_shows_documents_and_prompts(tmp_path, folder, capsys):
 def test_inspect_refuses_another_tokenizer_and_split(sft, tmp_path, folder, caplog):
     """Pins text decoded with the wrong vocabulary."""
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
-    assert inspect(sft, "--tokenizer", tmp_path) == 1
+    assert inspect(sft, "--tokenizer", tmp_path) == 2
     assert "right folder with --tokenizer" in caplog.records[-1].getMessage()
-    assert inspect(sft, "--split", "valid") == 1
+    assert inspect(sft, "--split", "valid") == 2
     assert "no split 'valid', only train" in caplog.records[-1].getMessage()

@@ -28,6 +28,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from infir2.data.tokenizer import DocumentTokenizer
+from infir2.files import json_lines
+from infir2.indexed import DataError
+
 REPO = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 0.05
 VERSES = 30  # of the Bible in a document
@@ -57,7 +61,7 @@ def bible_texts() -> Iterator[str]:
     import bible
 
     path = Path(bible.__file__).parent / "data" / "kjv.jsonl"
-    verses = [str(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    verses = [str(json.loads(line)) for line in json_lines(path)]
     for start in range(0, len(verses), VERSES):
         yield "\n".join(verses[start : start + VERSES])
 
@@ -178,7 +182,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and print the result as JSON."""
+    """Measure, and print the result as JSON. Exit status 2 for an unusable tokenizer, 1 for an arm that fails."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(levelname)s: %(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="Hugging Face folder")
@@ -194,8 +198,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.control:
         print(control(args.control[0], args.tokenizer, args.control[1], args.workers, args.eod_token))
         return 0
-    with tempfile.TemporaryDirectory(prefix="bench_data.") as folder:
-        print(json.dumps(measure(args, Path(folder)), indent=1))
+    try:
+        DocumentTokenizer(args.tokenizer, args.eod_token, parse_special_tokens=True)
+        with tempfile.TemporaryDirectory(prefix="bench_data.") as folder:
+            print(json.dumps(measure(args, Path(folder)), indent=1))
+    except DataError as error:
+        log.error("%s", error)
+        return 2
+    except subprocess.CalledProcessError as error:
+        log.error("%s ended with status %d; its last lines say why", Path(error.cmd[1]).name, error.returncode)
+        return 1
     return 0
 
 

@@ -49,14 +49,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; prints its result as JSON. Exit status 1 on any refusal."""
+    """Run one command; prints its result as JSON. Exit status 2 on any refusal, 1 if a worker process was lost."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(levelname)s: %(message)s")
     args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
         print(json.dumps(args.run(args), ensure_ascii=False))
     except (DataError, OSError) as error:
         log.error("%s", error)
-        return 1
+        return 2
     except BrokenExecutor:
         log.error("a worker process was killed, most often for lack of memory. Run again with fewer --workers.")
         return 1

@@ -71,7 +71,8 @@ class IndexedWriter:
         """Append one document. Refuses an empty one and any id outside [0, vocab_size), which would wrap around."""
         ids = np.asarray(tokens)
         if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise DataError(f"a document must be a non-empty row of token ids, found {ids.dtype} of shape {ids.shape}")
+            found = f"found {ids.dtype} of shape {ids.shape}"
+            raise DataError(f"{self.prefix}: a document must be a non-empty row of token ids, {found}")
         self.add_documents(ids, np.array([ids.size]))
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
@@ -82,7 +83,9 @@ class IndexedWriter:
         if lengths.size == 0:
             return
         if tokens.ndim != 1 or lengths.min() < 1 or lengths.sum() != tokens.size:
-            raise DataError(f"{lengths.size} documents of {lengths.sum()} tokens were given as {tokens.size} tokens")
+            raise DataError(
+                f"{self.prefix}: {lengths.size} documents of {lengths.sum()} tokens were given as {tokens.size} tokens"
+            )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             wrong = low if low < 0 else high

@@ -1,6 +1,7 @@
 """`prepare_data.py sft`: conversations to tokens and loss masks for supervised fine-tuning.
 
-A record holds `messages`, a list of {role, content}. Each becomes one sample: the tokens of its rendering through the
+A record holds `messages`, a list of {role, content}, and perhaps `tools`, definitions for the template, and `system`,
+the text of a system message. Each becomes one sample: the tokens of its rendering through the
 tokenizer's chat template, and a mask over those that are trained (infir2.data.chat says which). Files as in
 infir2.data.samples.
 """
@@ -15,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from infir2.data import duplicates, pipeline
-from infir2.data.chat import BadMessages, ChatTokenizer, Encoded, Messages, Rendering, check_messages
+from infir2.data.chat import (
+    BadMessages,
+    ChatTokenizer,
+    Encoded,
+    Messages,
+    Rendering,
+    Tools,
+    check_messages,
+    check_record,
+    check_tools,
+    with_system,
+)
 from infir2.data.pipeline import (
     Converted,
     Outcome,
@@ -23,7 +35,7 @@ from infir2.data.pipeline import (
     OverlapFinder,
     Records,
     Refused,
-    digest,
+    exact_digest,
     question_digest,
     run_task,
     without_near_duplicates,
@@ -33,7 +45,7 @@ from infir2.data.samples import mask_path
 from infir2.data.sources import Block
 from infir2.indexed import DataError, IndexedWriter
 
-VERSION = 1  # raise it when the same request would give other bytes
+VERSION = 2  # raise it when the same request would give other bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,7 @@ class Conversation:
 
     where: str
     messages: Messages
+    tools: Tools
     rendering: Rendering
 
 
@@ -62,8 +75,9 @@ class Conversations:
         found = Outcomes()
         for where, record in block.records(found):
             try:
-                messages = self._messages(record)
-                found.append(Conversation(where, messages, self.tokenizer.rendering(messages, self.last_only)))
+                messages, tools = self._messages(record), check_tools(record.get("tools"))
+                rendering = self.tokenizer.rendering(messages, self.last_only, tools)
+                found.append(Conversation(where, messages, tools, rendering))
             except BadMessages as error:
                 found.bad(where, error.reason, error.found)
         conversations = [entry for entry in found if isinstance(entry, Conversation)]
@@ -74,9 +88,8 @@ class Conversations:
         if self.messages_key not in record:
             found = f"field {self.messages_key!r} is missing, found {sorted(record)} (--messages-key names the field)"
             raise BadMessages("no messages", found)
-        if record.get("tools"):
-            raise BadMessages("tools", "definitions of tools are not rendered (a system message can hold them)")
-        return check_messages(record[self.messages_key])
+        check_record(record)
+        return with_system(check_messages(record[self.messages_key]), record)
 
     def _outcome(self, conversation: Conversation, sample: Encoded) -> Outcome:
         where, messages, length = conversation.where, conversation.messages, sample.tokens.size
@@ -94,8 +107,11 @@ class Conversations:
             text = "\n".join(message["content"] for message in messages)
             signature = duplicates.signatures([duplicates.normalised(text)])[0]
         parts = [str(part) for message in messages for _, part in sorted(message.items())]
+        parts += map(str, conversation.tools)
         overlaps = self.overlaps.find(where, messages)
-        return Converted(where, question_digest(messages), digest(parts), (sample, over_long), overlaps, signature)
+        return Converted(
+            where, question_digest(messages), exact_digest(parts), (sample, over_long), overlaps, signature
+        )
 
 
 class SplitWriter:
@@ -162,6 +178,7 @@ def write_samples(args: argparse.Namespace, records: Records, tokenizer: ChatTok
             counted["tokens across the beginning of a turn"] += sample.straddling
             counted["special tokens kept as text"] += sample.typed_special_tokens
             counted["turns not rendered in full"] += sample.shortened_turns
+            counted.update(sample.left_out)
         splits = {split: writer.facts() for split, writer in writers.items()}
         for split, facts in splits.items():
             if facts["documents"] == 0:
@@ -195,7 +212,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--near-duplicates",
         type=fraction,
         metavar="S",
-        help="also leave out conversations whose similarity (Jaccard, five words) to an earlier one is S or more (off)",
+        help="also leave out conversations whose similarity (Jaccard, five words, or characters where words are not "
+        "spaced) to an earlier one is S or more (off)",
     )
 
 

@@ -4,7 +4,8 @@ Documents are numbered in the order of the inputs, validation first, and the fir
 from files of hashes, after all documents were read once and before any is tokenised.
 
 Exact: 16 bytes a document on disk; memory stays below a fixed bound, because hashes are sorted one range at a time.
-Near: MinHash signatures (rensa, 128 permutations, fixed seed) over the sets of five consecutive words; candidates by
+Near: MinHash signatures (rensa, 128 permutations, fixed seed) over the sets of five consecutive words, or characters
+where a script puts no spaces between words (Chinese, Japanese, Thai and others); candidates by
 bands of the signature (locality sensitive hashing), sorted one band at a time. A document is a near duplicate if the
 estimate of its Jaccard similarity with any document before it reaches the threshold. 512 bytes a document on disk,
 about 50 in memory.
@@ -12,6 +13,7 @@ about 50 in memory.
 
 import functools
 import hashlib
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,11 +31,42 @@ DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
 SCRIPT_CHARACTERS = 2000
 
 
+# What other spellings of the same character are written as. Other compatibility characters stay: NFKC would make 23 of
+# 2³, 31/2 of 3½, and one letter of a bold one and a plain one.
+SAME_CHARACTER = ("<wide>", "<narrow>", "<noBreak>", "<initial>", "<medial>", "<final>", "<isolated>", "<vertical>")
+SPELLINGS = {
+    code: unicodedata.normalize("NFKC", chr(code))
+    for code in range(0xA0, 0x10000)
+    if unicodedata.decomposition(chr(code)).startswith(SAME_CHARACTER) or 0xFB00 <= code <= 0xFB06  # ligatures: fi, st
+}
+CAPITALISED = re.compile(r"(?<![^\W\d_])[A-ZÀ-ÖØ-ÞΑ-ΩА-Я](?=[a-zß-öø-ÿα-ωа-я]+(?![^\W\d_]))")
+# Characters of scripts that are written without spaces between words.
+UNSPACED = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3021-\u3029\u3040-\u312f\u31a0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua48f\uf900-\ufaff\U00016fe0-\U00018cff\U0001b000-\U0001b2ff"
+    "\U00020000-\U0003ffff"
+)
+UNSPACED_CHARACTER = re.compile(f"[{UNSPACED}]")
+UNITS = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+
+
 def normalised(text: str) -> str:
-    """Text in which documents are compared: Unicode NFKC, case folded, each run of white space one space."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return " ".join(text.casefold().split())
+    """Text in which documents are compared: case folded, each run of white space one space, full width as half."""
+    return _spelled(text).casefold()
+
+
+def nearly_as_written(text: str) -> str:
+    """Text in which questions are compared: as `normalised`, but symbols keep their case (X and x, AB and ab).
+
+    Only a word written with one capital, its first letter, is written small.
+    """
+    return CAPITALISED.sub(lambda match: match[0].lower(), _spelled(text))
+
+
+def _spelled(text: str) -> str:
+    if not unicodedata.is_normalized("NFKC", text):
+        text = unicodedata.normalize("NFC", text.translate(SPELLINGS))
+    return " ".join(text.split())
 
 
 def digest(normal: str) -> bytes:
@@ -84,7 +117,7 @@ def signatures(normal_texts: Sequence[str]) -> np.ndarray:
     """MinHash signatures: uint32 [texts, PERMUTATIONS]. Documents of fewer words than a shingle are one shingle."""
     sets = []
     for text in normal_texts:
-        words = text.split(" ")
+        words = UNITS.findall(text) if UNSPACED_CHARACTER.search(text) else text.split(" ")
         sets.append([" ".join(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1))])
     rows = RMinHash.digests_from_token_sets(sets, PERMUTATIONS, SEED)
     return np.array(rows, np.uint32).reshape(len(sets), PERMUTATIONS)

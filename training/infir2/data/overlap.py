@@ -7,14 +7,16 @@ for is text, so a paraphrase, a translation, or the same problem with other numb
     candidates  Windows of WINDOW characters (n-grams) of the text that are windows of the problem too, looked up by
                 hash. Windows that more than COMMON problems share say nothing and are not counted.
     match       Where enough of a problem's windows lie close together, problem and text are aligned there (fewest
-                insertions and deletions). A match has a similarity of NEAR or more and the same digits: a template with
-                other numbers is another problem. RUN characters in one run are a match too: a long statement without
-                its examples.
+                insertions and deletions). A match has a similarity of NEAR or more and the same digits, but for numbers
+                that count its sentences: a template with other numbers is another problem. RUN characters in one run
+                are a match too: a long statement without its examples.
     short       A problem of fewer than SHORT characters must stand there character for character, and the text must not
                 go on as if the expression were longer ("Find 0+3" is not in "find 0+3+5").
 """
 
 import argparse
+import base64
+import html
 import json
 import logging
 import re
@@ -22,6 +24,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,13 +37,14 @@ from infir2.data.sources import COMPRESSIONS, Rejects, Source, open_sources
 from infir2.indexed import DataError
 from infir2.receipts import building, tool_facts, write_manifest
 
-VERSION = 1  # raise it when other texts would match
+VERSION = 2  # raise it when other texts would match
 WINDOW = 16
 COMMON = 8
 SHARE = 0.25  # of a problem's windows that must lie close together before the texts are aligned
 NEAR, NEAR_BRIEF, BRIEF = 0.8, 0.9, 100  # least similarity; for problems below BRIEF characters
 SHORT = 32
 RUN = 300
+COUNT = 10  # characters at the beginning of a sentence in which a number, `Step 2:` and the like, may count it
 DIGIT_EDITS = 0.02  # of a problem's digits may differ: none in fewer than 50
 EXCERPT = 300  # characters
 KEPT_RECORDS = "kept.jsonl"
@@ -83,6 +87,7 @@ SAME = {
     "measuredangle": "angle",
 }  # fmt: skip
 LATEX = re.compile(r"\\(?:begin|end)\s*\{[a-z]+\*?\}|(\\[a-z]+)|\\([^a-z])")  # environments, commands, escaped marks
+ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]{2,31}\d{0,2});")  # of HTML, also &amp;#36;
 LAYOUT = re.compile(r"^[ \t]*[-*+>#]+(?=\s)", re.MULTILINE)  # bullets, quotes, headings
 HYPHEN = re.compile(r"-(?<=[^\W\d_]{2}-)(?=[^\W\d_]{2})")
 END = "\x1e"  # of a sentence; white space to Python
@@ -95,9 +100,12 @@ ASCII_DROPPED = {code: " " for code in range(128) if not (chr(code).isalnum() or
 def canonical(text: str) -> str:
     r"""The text as it is compared: words, digits, + - = < > and AT_MOST and so on, spaces between, END after sentences.
 
-    Unicode NFKC and case folded. Dollar signs, braces, `\left`, `\text`, `\dfrac` and the like, thousands separators
-    and other marks are gone; a symbol and its LaTeX command become the same word.
+    Unicode NFKC and case folded. Dollar signs, braces, `\left`, `\text`, `\dfrac` and the like, thousands separators,
+    and other marks are gone; a symbol, its LaTeX command and its entity of HTML become the same.
     """
+    for _ in range(2):  # an entity may itself be written with one
+        if "&" in text:
+            text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     text = text.casefold()
@@ -237,6 +245,7 @@ class Contamination:
         self.problems = sets.problems
         forms = [canonical(problem.text) for problem in sets.problems]
         self._streams = [squeezed(form) for form in forms]
+        self._sentences = [_sentence_starts(form) for form in forms]
         self._short = [(index, stream) for index, stream in enumerate(self._streams) if len(stream) < SHORT]
         self._index(*self._windows())
 
@@ -300,7 +309,9 @@ class Contamination:
         end = max(start, int(last[0] - last[1]) + len(problem))
         window = stream[start:end]
         similarity = Indel.normalized_similarity(problem, window)
-        alike = similarity >= (NEAR if len(problem) >= BRIEF else NEAR_BRIEF) and _same_digits(problem, window)
+        alike = similarity >= (NEAR if len(problem) >= BRIEF else NEAR_BRIEF) and _same_digits(
+            problem, window, self._sentences[index], stream[max(0, start - COUNT) : start]
+        )
         if not alike and _longest_run(hits) < RUN:
             return None
         kind = "verbatim" if similarity == 1 else "near duplicate" if alike else "run"
@@ -342,15 +353,34 @@ def _on_main_diagonal(hits: np.ndarray, drift: int) -> np.ndarray:
     return hits[np.abs(shift - values[np.argmax(counts)]) <= drift]
 
 
-def _same_digits(problem: str, window: str) -> bool:
-    """Whether the alignment inserts and deletes no digits, or few of many."""
-    changed = 0
+def _sentence_starts(form: str) -> np.ndarray:
+    """Where the sentences of a canonical form begin in its squeezed form: int64 [sentences], ascending from 0."""
+    lengths = [len(squeezed(sentence)) for sentence in form.split(END)]
+    return np.unique(np.cumsum([0, *lengths[:-1]]))
+
+
+def _same_digits(problem: str, window: str, sentences: np.ndarray, before: str) -> bool:
+    """Whether the alignment inserts and deletes no digits, or few of many, those aside that count sentences.
+
+    Numbers count where they are inserted at the beginnings of sentences (`sentences`, places in `problem`) and go up by
+    one, from the one that stands `before` the window.
+    """
+    changed = placed = 0
+    counts = [int(number) for number in re.findall(r"[0-9]{1,4}", before)[-1:]]
     for edit in Indel.opcodes(problem, window):
         if edit.tag == "delete":
             changed += sum(map(str.isdigit, problem[edit.src_start : edit.src_end]))
         elif edit.tag == "insert":
-            changed += sum(map(str.isdigit, window[edit.dest_start : edit.dest_end]))
-    return changed <= DIGIT_EDITS * sum(map(str.isdigit, problem))
+            inserted = window[edit.dest_start : edit.dest_end]
+            numbers = re.findall(r"[0-9]{1,4}", inserted)
+            start = sentences[np.searchsorted(sentences, edit.src_start, "right") - 1]
+            if len(numbers) == 1 and edit.src_start - start < COUNT:
+                counts = [*(counts if start else []), int(numbers[0])]
+                placed += sum(map(str.isdigit, inserted))
+            else:
+                changed += sum(map(str.isdigit, inserted))
+    counting = len(counts) > 1 and bool((np.diff(counts) == 1).all())
+    return changed + (0 if counting else placed) <= DIGIT_EDITS * sum(map(str.isdigit, problem))
 
 
 def _longest_run(hits: np.ndarray) -> int:
@@ -463,7 +493,7 @@ def _search(
     records, matches = 0, []
     total = sum(source.path.stat().st_size for source in sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc="decontaminate", disable=None) as progress:
-        for where, record in (item for source in sources for item in source.records(rejects, progress)):
+        for where, record, line in (entry for source in sources for entry in source.entries(rejects, progress)):
             if key is not None and key not in record:
                 rejects.bad(where, "no text", f"field {key!r} is missing, found {sorted(record)} (--text-key names it)")
                 continue
@@ -471,5 +501,17 @@ def _search(
             found = contamination.find("\n".join(strings(record if key is None else record[key])))
             matches += [match.facts(where) for match in found]
             if not found:
-                kept.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+                kept.write((orjson.dumps(record, default=_json_of) if line is None else line.rstrip(b"\r")) + b"\n")
     return records, matches
+
+
+def _json_of(value: Any) -> Any:
+    """What a table holds that JSON lacks: decimals with all their digits, bytes as text or else in base 64."""
+    if isinstance(value, Decimal):
+        return orjson.Fragment(f"{value:f}")
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeError:
+            return base64.b64encode(value).decode("ascii")
+    return str(value)

@@ -11,7 +11,6 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +35,7 @@ TOOL = Path(__file__).resolve().parents[3] / "tools" / "prepare_data.py"
 class Converted:
     """A record that is kept.
 
-    `question` identifies what is asked, `identity` the whole record: 16 bytes each, case and white space aside.
+    `question` identifies what is asked, case and white space aside, `identity` the whole record, white space aside.
     `overlaps` are its entries of an overlap report; `signature` is for near duplicates, where they are looked for.
     """
 
@@ -70,14 +69,19 @@ class Outcomes(list[Any]):
         self.append(Refused(where, reason, found))
 
 
-def digest(parts: Iterable[str]) -> bytes:
-    """16 bytes that identify `parts`, case and white space aside."""
-    return duplicates.digest(json.dumps([duplicates.normalised(part) for part in parts]))
+def exact_digest(parts: Iterable[str]) -> bytes:
+    """16 bytes that identify `parts`, white space and capitals at the beginning of words aside."""
+    return duplicates.digest(json.dumps([duplicates.nearly_as_written(part) for part in parts]))
+
+
+def asked(messages: Messages) -> list[str]:
+    """What the user says."""
+    return [message["content"] for message in messages if message["role"] == "user"]
 
 
 def question_digest(messages: Messages) -> bytes:
-    """Digest of what the user says: answers to one question share it."""
-    return digest(message["content"] for message in messages if message["role"] == "user")
+    """Digest of what the user says, case aside too: answers to one question share it."""
+    return duplicates.digest(json.dumps([duplicates.normalised(part) for part in asked(messages)]))
 
 
 class OverlapFinder:
@@ -137,16 +141,13 @@ class Records:
 
     def _records(self, factory: Callable[[], Converter]) -> Iterator[tuple[str, Converted]]:
         """Yield (origin, record), after dealing with what is refused."""
-        try:
-            for origin, outcome in self._outcomes(factory):
-                if isinstance(outcome, Converted):
-                    yield origin, outcome
-                elif outcome.by_choice:
-                    self.rejects.counts[outcome.reason] += 1
-                else:
-                    self.rejects.bad(outcome.where, outcome.reason, outcome.found)
-        except BrokenProcessPool as error:
-            raise DataError("a worker process died, perhaps for lack of memory. Try fewer --workers.") from error
+        for origin, outcome in self._outcomes(factory):
+            if isinstance(outcome, Converted):
+                yield origin, outcome
+            elif outcome.by_choice:
+                self.rejects.counts[outcome.reason] += 1
+            else:
+                self.rejects.bad(outcome.where, outcome.reason, outcome.found)
 
     def _outcomes(self, factory: Callable[[], Converter]) -> Iterator[tuple[str, Outcome]]:
         sizes = {origin: sum(s.path.stat().st_size for s in group) for origin, group in self.sources.items()}

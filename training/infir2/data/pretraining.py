@@ -41,7 +41,7 @@ from infir2.receipts import (
     write_manifest,
 )
 
-VERSION = 2  # raise it when the same request would give other bytes
+VERSION = 3  # raise it when the same request would give other bytes
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "prepare_data.py"
 BLOCKS_WORTH_A_PROCESS = 2  # to start one and load the tokenizer takes seconds
 BLEND = "train.blend"
@@ -555,8 +555,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--near-duplicates",
         type=fraction,
         metavar="S",
-        help="also leave out documents whose similarity (Jaccard, five words) to an earlier one is S or more; 0.8 is "
-        "usual (off)",
+        help="also leave out documents whose similarity (Jaccard, five words, or characters where words are not "
+        "spaced) to an earlier one is S or more; 0.8 is usual (off)",
     )
     add("--seq-length", type=positive, metavar="N", help="refuse a split smaller than one sample of N tokens (off)")
     overlap.add_options(parser)

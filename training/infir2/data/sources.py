@@ -1,22 +1,30 @@
 """Inputs of tools/prepare_data.py: files of records, read as a stream, hashed as they are read.
 
-    .jsonl .jsonl.gz .jsonl.zst   one JSON object a line, UTF-8
+    .jsonl .jsonl.gz .jsonl.zst   one JSON object a line, UTF-8; numbers keep their digits (read_json)
     .parquet                      one record a row
     a folder of datasets.save_to_disk   its Arrow files, in the order of state.json
     .txt .txt.gz .txt.zst         the whole file is one record (only where text is asked for)
 
 A source comes in blocks of a few megabytes. A block goes to a worker process, which takes it apart into records. Where
 blocks begin follows from the bytes alone, so that the same input always gives the same blocks.
+
+A byte order mark at the beginning of a line or of a text file is no part of it. A table gives every row every field
+that any row has, so nulls inside its nested values say nothing and are left out; its dates and times come as strings.
 """
 
+import gzip
 import hashlib
 import json
 import logging
+import re
+import zlib
+from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import orjson
 import pyarrow as pa
@@ -27,8 +35,9 @@ from infir2.indexed import DataError
 
 BLOCK_BYTES = 8 << 20  # uncompressed text in a block
 READ_BYTES = 1 << 20
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = (".gz", ".zst")
 SHOWN_REJECTS = 10
+LONG_NUMBER = re.compile(rb"[0-9.]{17}")  # may have more digits than orjson keeps
 
 log = logging.getLogger("prepare_data")
 
@@ -79,19 +88,25 @@ class Block:
 
     def records(self, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (where, record); what is no record goes to `rejects`."""
+        for where, record, _ in self.entries(rejects):
+            yield where, record
+
+    def entries(self, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
+        """As `records`, each with its line of JSON as it stands in the file; None where it stands in no line."""
         raise NotImplementedError
 
 
 class LineBlock(Block):
     """Lines of JSON."""
 
-    def records(self, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any]]]:
-        for number, line in enumerate(self.payload.split(b"\n"), start=self.first):
+    def entries(self, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
+        for number, marked in enumerate(self.payload.split(b"\n"), start=self.first):
+            line = marked.removeprefix(BOM_UTF8)
             if line and not line.isspace():  # a blank line holds no record
                 where = f"{self.path}:{number}"
                 record = parse_json(line, where, rejects)
                 if record is not None:
-                    yield where, record
+                    yield where, record, line
 
 
 @dataclass(frozen=True)
@@ -100,9 +115,9 @@ class TextBlock(Block):
 
     text_key: str
 
-    def records(self, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any]]]:
+    def entries(self, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
         try:
-            yield str(self.path), {self.text_key: self.payload.decode("utf-8")}
+            yield str(self.path), {self.text_key: self.payload.removeprefix(BOM_UTF8).decode("utf-8")}, None
         except UnicodeError as error:
             rejects.bad(str(self.path), "not valid UTF-8", str(error))
 
@@ -110,37 +125,107 @@ class TextBlock(Block):
 class TableBlock(Block):
     """Rows of a table; the payload is an Arrow stream."""
 
-    def records(self, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any]]]:
+    def entries(self, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
         number = self.first
-        for batch in pa.ipc.open_stream(self.payload):
+        for batch in map(_with_times_as_strings, pa.ipc.open_stream(self.payload)):
             for row in range(batch.num_rows):
                 where = f"{self.path}, row {number}"
                 number += 1
                 try:
-                    record = {name: column[row].as_py() for name, column in zip(batch.schema.names, batch, strict=True)}
+                    values = [column[row].as_py(maps_as_pydicts="lossy") for column in batch]
                 except UnicodeError as error:
                     rejects.bad(where, "not valid UTF-8", str(error))
+                except (ValueError, OverflowError, pa.ArrowException) as error:
+                    rejects.bad(where, "unreadable value", str(error))
                 else:
-                    yield where, record
+                    yield where, dict(zip(batch.schema.names, map(_without_nulls, values), strict=True)), None
+
+
+def _with_times_as_strings(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with dates and times of every depth as strings (UTC): Python has no nanoseconds, and few years."""
+    for target in (_in_utc, _as_string):  # a time zone may be unknown here; an instant is not
+        types = [_mapped(field.type, target) for field in batch.schema]
+        if types != batch.schema.types:
+            columns = [column.cast(kind) for column, kind in zip(batch, types, strict=True)]
+            batch = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+    return batch
+
+
+def _in_utc(kind: pa.DataType) -> pa.DataType:
+    return pa.timestamp(kind.unit, "UTC") if pa.types.is_timestamp(kind) and kind.tz is not None else kind
+
+
+def _as_string(kind: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_temporal(kind) and not pa.types.is_interval(kind) else kind
+
+
+def _mapped(kind: pa.DataType, target: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """The type with `target` applied to all that it is made of."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_mapped(field.type, target)) for field in kind])
+    for is_list, make in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_list(kind):
+            return make(kind.value_field.with_type(_mapped(kind.value_type, target)))
+    return target(kind)
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the fields of its objects, at any depth, that are None."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    return value
+
+
+class LongFloat(float):
+    """A number of more digits than a float holds: as a string it has them all."""
+
+    digits: str
+
+    def __new__(cls, digits: str) -> Self:
+        number = super().__new__(cls, digits)
+        number.digits = digits
+        return number
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self.digits,)
+
+    def __str__(self) -> str:
+        return self.digits
+
+
+def read_json(text: bytes) -> Any:
+    """The value of a JSON text. Integers are exact whatever their size; a fraction that no float holds is a LongFloat.
+
+    Raises ValueError (UnicodeError for what is not UTF-8) or RecursionError. orjson makes floats of integers above 64
+    bits and refuses a few things that Python's json takes (NaN, for one), so json reads what it cannot.
+    """
+    if not LONG_NUMBER.search(text):
+        try:
+            return orjson.loads(text)
+        except orjson.JSONDecodeError:
+            pass
+    value = json.loads(text.decode("utf-8"), parse_float=_float)
+    json.dumps(value, ensure_ascii=False).encode("utf-8")  # JSON can spell half a surrogate pair
+    return value
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    return value if Decimal(digits) == Decimal(repr(value)) else LongFloat(digits)
 
 
 def parse_json(line: bytes, where: str, rejects: Rejects) -> dict[str, Any] | None:
-    """The object on one line, or None after noting what is wrong with it.
-
-    orjson refuses a few things that Python's json takes (NaN, long numbers), so what it refuses is read again by json.
-    """
+    """The object on one line, or None after noting what is wrong with it."""
     try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        try:
-            record = json.loads(line.decode("utf-8"))
-            json.dumps(record, ensure_ascii=False).encode("utf-8")  # JSON can spell half a surrogate pair
-        except UnicodeError as error:
-            return rejects.bad(where, "not valid UTF-8", str(error))
-        except json.JSONDecodeError as error:
-            return rejects.bad(where, "broken JSON", f"{error.msg} at column {error.colno}")
-        except (ValueError, RecursionError) as error:  # a number of 4,300 digits, brackets 1,000 deep
-            return rejects.bad(where, "broken JSON", str(error))
+        record = read_json(line)
+    except UnicodeError as error:
+        return rejects.bad(where, "not valid UTF-8", str(error))
+    except json.JSONDecodeError as error:
+        return rejects.bad(where, "broken JSON", f"{error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of 4,300 digits, brackets 1,000 deep
+        return rejects.bad(where, "broken JSON", str(error))
     if not isinstance(record, dict):
         return rejects.bad(where, "not an object", f"the line is a {type(record).__name__}, not an object")
     return record
@@ -167,8 +252,15 @@ class Source:
 
     def records(self, rejects: Rejects, progress: tqdm | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (where, record) over the source; `progress` counts bytes."""
+        for where, record, _ in self.entries(rejects, progress):
+            yield where, record
+
+    def entries(
+        self, rejects: Rejects, progress: tqdm | None = None
+    ) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
+        """As `records`, with the lines of Block.entries."""
         for block in self.blocks(rejects):
-            yield from block.records(rejects)
+            yield from block.entries(rejects)
             if progress is not None:
                 progress.update(block.size)
 
@@ -177,7 +269,7 @@ class Source:
         self.bytes, self._hash = 0, hashlib.sha256()
         try:
             yield from self._blocks(rejects)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
             raise DataError(f"{self.path} cannot be read: {error}. Replace it by a whole one.") from error
         if self.bytes == 0:
             rejects.bad(str(self.path), "empty file", "0 bytes")
@@ -215,12 +307,11 @@ class StreamSource(Source):
         size = min(READ_BYTES, self.block_bytes)
         with self.path.open("rb") as file:
             hashing = _HashingFile(self, file)
-            compression = COMPRESSIONS.get(self.path.suffix)
-            if compression is None:
-                while piece := hashing.read(size):
-                    yield piece
-                return
-            stream = pa.CompressedInputStream(pa.PythonFile(hashing, mode="r"), compression)
+            stream: Any = hashing
+            if self.path.suffix == ".gz":
+                stream = gzip.GzipFile(fileobj=hashing)  # takes zeros at the end, with which some writers fill a block
+            elif self.path.suffix == ".zst":
+                stream = pa.CompressedInputStream(pa.PythonFile(hashing, mode="r"), "zstd")
             while piece := stream.read(size):
                 yield piece
             while hashing.read(READ_BYTES):
