@@ -184,6 +184,9 @@ class ReinforcementLearning(engine.Stage):
         args.dataloader_type = "external"
         args.eval_iters = 0
 
+    def updates(self, args: Namespace) -> int:
+        return args.rollout_batch_size * args.n_samples_per_prompt // args.global_batch_size
+
     def tokens_per_micro_batch(self, args: Namespace) -> int:
         return packing.total_multiple(args.tensor_model_parallel_size, args.context_parallel_size)
 
