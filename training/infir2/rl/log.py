@@ -7,6 +7,7 @@ A resumed run repeats the steps since its last checkpoint: their lines are cut o
 import json
 import logging
 import os
+import secrets
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from infir2 import files
 from infir2.rl.grpo import Gap
 from infir2.rl.rollout import Collected, Group, Prompts, Sample
 
@@ -32,9 +34,7 @@ def keep_up_to(path: Path, step: int) -> None:
             if not line.endswith("\n") or json.loads(line)["step"] > step:
                 break
             kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    files.write_text(path, "".join(kept))
 
 
 class StepLog:
@@ -57,12 +57,27 @@ class StepLog:
         self._board = SummaryWriter(args.tensorboard_dir) if args.tensorboard_dir else None
         self._wandb = None
         if getattr(args, "rl_wandb_project", None):
-            import wandb
-
-            self._wandb = wandb.init(
-                project=args.rl_wandb_project, name=args.wandb_exp_name, dir=args.wandb_save_dir, resume="allow"
-            )
+            self._wandb = self._open_wandb()
         return self
+
+    def _open_wandb(self):
+        """The run at W&B; a resumed run goes on in it, by the id that scripts/lib/megatron.sh or we wrote down."""
+        import wandb
+
+        args, path = self.args, self.metrics_file.with_name("wandb_id")
+        if not path.is_file():
+            files.write_text(path, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+        folder = Path(args.wandb_save_dir or self.metrics_file.with_name("wandb"))
+        folder.mkdir(parents=True, exist_ok=True)
+        return wandb.init(
+            project=args.rl_wandb_project,
+            entity=args.wandb_entity or None,
+            name=args.wandb_exp_name or self.metrics_file.parent.name,
+            dir=str(folder),
+            id=path.read_text().strip(),
+            resume="allow",
+            config=vars(args),
+        )
 
     def __exit__(self, *_: object) -> None:
         self._metrics.close()
@@ -164,9 +179,7 @@ class StepLog:
                     "rollout_logprobs": [round(x, 6) for x in sample.logprobs[counted]],
                 }
             )
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        os.replace(partial, path)
+        files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def rollout_values(collected: Collected) -> dict[str, float]:

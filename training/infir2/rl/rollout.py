@@ -264,6 +264,7 @@ class Plan:
     overlong_buffer: int
     seed: int
     lag: int
+    stop: str = ""  # the tokens that end a response, in words
 
 
 def collect(
@@ -279,26 +280,35 @@ def collect(
     counts: Counter = Counter(stale_tokens=source.refresh(version, plan.lag))
     kept: list[Group] = []
     under_way: dict[int, Group] = {}  # by sample
+    open_requests: Counter = Counter()  # of each group's id
 
     def judge(group: Group) -> None:
         _score(group, source.prompts, score, decode, plan)
         counts["groups"] += 1
+        counts["ended"] += sum(sample.finish != "length" for sample in group.samples)
+        counts["differing"] += grpo.has_spread(group.scores)
         if plan.filter and not grpo.has_spread(group.scores):
             counts["all_right" if group.scores.min() >= 1 else "all_wrong"] += 1
         else:
             kept.append(group)
+        if counts["groups"] >= plan.groups and not counts["ended"] and not counts["differing"]:
+            raise RolloutError(_all_truncated(counts["groups"] * len(group.samples), plan))
 
     while source.finished and len(kept) < plan.groups:
         counts["left_over"] += 1
         judge(source.finished.popleft())
     while len(kept) < plan.groups:
-        outstanding = len({group.id for group in under_way.values()})
-        if len(kept) + outstanding < plan.groups:
+        if len(kept) + len(open_requests) < plan.groups:
             if counts["groups"] >= plan.rounds * plan.groups:
                 raise RolloutError(_hopeless(counts, len(kept), plan))
-            _begin(source.take(plan.over_sampling), engine, source.prompts, plan, sampling, under_way)
+            begun = source.take(plan.over_sampling)
+            _begin(begun, engine, source.prompts, plan, sampling, under_way)
+            open_requests.update(group.id for group in begun for sample in group.samples if sample.finish is None)
         response = engine.next()
         group = under_way.pop(response.id)
+        open_requests[group.id] -= 1
+        if not open_requests[group.id]:
+            del open_requests[group.id]
         _sample(group, response.id).add(response, version)
         counts["generated_tokens"] += len(response.tokens)
         if group.finished:
@@ -346,6 +356,14 @@ def _score(group: Group, prompts: Prompts, score, decode, plan: Plan) -> None:
         sample.reward = sample.score
         if plan.overlong_buffer:
             sample.reward += rewards.overlong_penalty(len(sample.tokens), plan.response, plan.overlong_buffer)
+
+
+def _all_truncated(responses: int, plan: Plan) -> str:
+    return (
+        f"all {responses} responses of this step were cut at {plan.response} tokens and no group's scores differ; the "
+        f"tokens that end a response are {plan.stop}. If the model ends its turns with another token, name it as "
+        "eos_token_id in generation_config.json of --hf-checkpoint; else raise --rollout-max-response-len"
+    )
 
 
 def _hopeless(counts: Counter, kept: int, plan: Plan) -> str:
