@@ -27,6 +27,9 @@ from infir2.rl import grpo, rewards
 logger = logging.getLogger(__name__)
 
 
+TELLING_RESPONSES = 256  # cut ones, from which on that is no chance
+
+
 class RolloutError(Exception):
     """Generation cannot go on: what was found, and what to do."""
 
@@ -291,8 +294,9 @@ def collect(
             counts["all_right" if group.scores.min() >= 1 else "all_wrong"] += 1
         else:
             kept.append(group)
-        if counts["groups"] >= plan.groups and not counts["ended"] and not counts["differing"]:
-            raise RolloutError(_all_truncated(counts["groups"] * len(group.samples), plan))
+        few = plan.filter and counts["groups"] * len(group.samples) < TELLING_RESPONSES  # the next may be other ones
+        if counts["groups"] >= plan.groups and not few and _all_truncated(counts):
+            raise RolloutError(_says_all_truncated(counts, plan))
 
     while source.finished and len(kept) < plan.groups:
         counts["left_over"] += 1
@@ -358,15 +362,22 @@ def _score(group: Group, prompts: Prompts, score, decode, plan: Plan) -> None:
             sample.reward += rewards.overlong_penalty(len(sample.tokens), plan.response, plan.overlong_buffer)
 
 
-def _all_truncated(responses: int, plan: Plan) -> str:
+def _all_truncated(counts: Counter) -> bool:
+    """No response ended by itself, and nothing can be learned from their scores."""
+    return not counts["ended"] and not counts["differing"]
+
+
+def _says_all_truncated(counts: Counter, plan: Plan) -> str:
     return (
-        f"all {responses} responses of this step were cut at {plan.response} tokens and no group's scores differ; the "
+        f"all responses of {counts['groups']} groups were cut at {plan.response} tokens, and no scores differ; the "
         f"tokens that end a response are {plan.stop}. If the model ends its turns with another token, name it as "
         "eos_token_id in generation_config.json of --hf-checkpoint; else raise --rollout-max-response-len"
     )
 
 
 def _hopeless(counts: Counter, kept: int, plan: Plan) -> str:
+    if _all_truncated(counts):
+        return _says_all_truncated(counts, plan)
     return (
         f"{counts['groups']} groups gave only {kept} of the {plan.groups} whose samples' scores differ "
         f"({counts['all_right']} all right, {counts['all_wrong']} all wrong); look at the answers (rollouts.jsonl): "
