@@ -1,5 +1,6 @@
 """SGLang's client, server and weight sync against a server that answers as SGLang does (tests/fake_sglang.py)."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -269,6 +270,15 @@ def test_an_engine_that_dies_or_hangs_shows_its_last_lines(launch):
         launch({"seconds": 2}, hangs=True)
     with pytest.raises(EngineError, match="is another engine's: it serves another/model"):
         launch(serves="another/model")
+
+
+def test_an_engine_on_an_ipv6_node(launch):
+    """Pins: a URL without brackets, in which nobody finds the port."""
+    server = launch({"host": "::1"})
+    assert server.url.startswith("http://[::1]:")
+    with contextlib.closing(Client([server.url], [STOP])) as client:
+        client.submit(requests(2), SAMPLING)
+        assert len(all_of(client, 2)) == 2
 
 
 def test_a_port_that_was_taken_is_no_failure(launch, tmp_path):

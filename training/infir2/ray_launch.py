@@ -23,6 +23,7 @@ import ipaddress
 import logging
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -244,32 +245,42 @@ def _init(address: str, options: dict[str, object]) -> None:
 
 
 def _join(address: str) -> None:
-    """Join a cluster that must be there. While Ray waits for it no Python handler of a signal would run, and nothing is
-    there to be ended: signals have their default effect, and a thread ends the wait."""
+    """Join a cluster that must be there."""
     if not listens(address):
         raise Refusal(f"no Ray cluster listens at RAY_ADDRESS={address}; start it (docs/SFT.md), or unset RAY_ADDRESS")
     hint = "" if "RAY_AUTH_MODE" in os.environ else "; if the cluster has a token, export RAY_AUTH_MODE=token"
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def give_up() -> None:
-        log.error("error: no Ray cluster answers at %s within %g s%s", address, CONNECT_SECONDS, hint)
-        os._exit(2)
-
-    waiting = threading.Timer(CONNECT_SECONDS, give_up)
-    waiting.daemon = True
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    waiting.start()
     try:
-        _init(address, {})
+        with _waiting(f"no Ray cluster answers at {address} within {CONNECT_SECONDS:g} s{hint}"):
+            _init(address, {})
     except Exception as error:  # Ray raises bare ones too; versions that differ are a RuntimeError that names both
         ray.shutdown()
         raise Refusal(f"cannot use Ray at {address}: {' '.join(str(error).split())}{hint}") from None
+
+
+@contextlib.contextmanager
+def _waiting(refusal: str) -> Iterator[None]:
+    """For a wait in Ray's own code, during which no Python handler runs: a thread ends this program at a signal, and
+    with `refusal` after CONNECT_SECONDS. Nothing is there yet that would have to be ended."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+
+    def watch() -> None:
+        if not select.select([reader], [], [], CONNECT_SECONDS)[0]:
+            log.error("error: %s", refusal)
+            os._exit(2)
+        if number := os.read(reader, 1):
+            os._exit(128 + number[0])
+        os.close(reader)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
     finally:
-        waiting.cancel()
-        for number, handler in before.items():
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        for number, handler in handlers.items():  # Ray has set its own
             signal.signal(number, handler)
 
 
