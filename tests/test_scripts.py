@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from infir2.rl import controller as rl_controller
+
 REPO = Path(__file__).parents[1]
 GOLDEN = REPO / "tests/golden"
 SCRIPTS = sorted(path.stem for path in (REPO / "scripts/CPT").glob("*.sh"))
@@ -97,11 +99,15 @@ def test_flags_of_the_user_win_and_launcher_flags_are_taken():
 def test_launches_on_one_node_do_not_meet():
     """Pins: two runs on one host met at port 29400; the second died with the first one's end. And several nodes that
     were told no meeting place waited for each other at their own."""
-    assert "--standalone" in argv("InfiR2_CPT_FP8_7B")
-    assert not [word for word in argv("InfiR2_CPT_FP8_7B") if word.startswith("--rdzv")]
+
+    def meeting(*flags: str, **more: str) -> str:
+        words = argv("InfiR2_CPT_FP8_7B", *flags, **more)
+        return words[words.index("--rdzv-endpoint") + 1]
+
+    assert meeting() == "localhost:0"  # a free port
     slurm = {"SLURM_JOB_NUM_NODES": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n7", "SLURM_JOB_ID": "42"}
-    assert "--standalone" in argv("InfiR2_CPT_FP8_7B", **slurm)
-    assert "--standalone" not in argv("InfiR2_CPT_FP8_7B", "--rdzv_endpoint", "localhost:4000")
+    assert meeting(**slurm) == "localhost:0"
+    assert meeting("--rdzv_endpoint", "localhost:4000") == "localhost:4000"
     done = run("InfiR2_CPT_FP8_7B", NNODES="2")
     assert done.returncode == 2
     assert "set RDZV_ENDPOINT: host:port where the 2 nodes meet" in done.stderr
@@ -245,6 +251,12 @@ def test_rl_engines_apart():
     assert "--overlap-param-gather" not in words
     job = sft_argv("InfiR2_RL_FP8_7B_stage1_4node", RAY_ADDRESS="http://head:8265", SUBMISSION_ID="one")
     assert job[job.index("--") + 1 :] == sft_argv("InfiR2_RL_FP8_7B_stage1_4node")
+
+
+def test_rl_engine_flags():
+    """Pins: SGLANG_ARGS of one word, which begins with -- and was taken for a flag."""
+    words = sft_argv("InfiR2_RL_FP8_7B_stage1_1node", SGLANG_ARGS="--disable-cuda-graph")
+    assert rl_controller.parse([*words[3:], "--metrics-file", "x"])[0].sglang_arguments == "--disable-cuda-graph"
 
 
 @pytest.mark.parametrize(

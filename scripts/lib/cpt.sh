@@ -102,11 +102,8 @@ launcher() {
     fi
     LAUNCHER=("$PYTHON")
     if ((NPROC * ${NNODES:-1} == 1)); then return; fi
-    LAUNCHER+=(-m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "$NPROC")
-    if [[ ${NNODES:-1} == 1 && -z ${RDZV_ENDPOINT:-} ]]; then
-        LAUNCHER+=(--standalone)
-    else
-        require RDZV_ENDPOINT "host:port where the ${NNODES:-1} nodes meet, the same on each: node0:29400 (--rdzv_endpoint)"
-        LAUNCHER+=(--rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${SLURM_JOB_ID:-$NAME}")
-    fi
+    if [[ ${NNODES:-1} == 1 ]]; then RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0}; fi
+    require RDZV_ENDPOINT "host:port where the ${NNODES:-1} nodes meet, the same on each: node0:29400 (--rdzv_endpoint)"
+    LAUNCHER+=(-m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "$NPROC" --rdzv-backend c10d)
+    LAUNCHER+=(--rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${SLURM_JOB_ID:-$NAME}")
 }

@@ -60,7 +60,7 @@ class Stage:
         return {}
 
 
-# What makes steps faster or smaller; docs/performance.md has what each brought. All but `ON_CPU_TOO` need a GPU.
+# What makes steps faster or smaller; docs/performance.md has what each brought. All of `GPU_ONLY` need one.
 SWITCHES = {
     backend.FUSED_QKV_ROPE: "rotate q and k in the qkv layer's output, without splitting it first; not packed samples",
     backend.FUSED_WEIGHT_GRADIENT: "add weight gradients to the FP32 ones in the GEMMs that compute them, without apex",
@@ -77,7 +77,7 @@ SWITCHES = {
     "--check-gradients-once": "look for NaN and Inf in the gradient norm, before the optimizer uses the gradients, and "
     "not in each loss and part of the gradients, where the CPU waits for the GPU every time (CPU too)",
 }
-ON_CPU_TOO = (backend.FUSED_EMBEDDING, "--check-gradients-once")
+GPU_ONLY = SWITCHES.keys() - {backend.FUSED_EMBEDDING, "--check-gradients-once"}
 
 
 def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
@@ -183,7 +183,7 @@ def _name(flag: str) -> str:
 
 def refuse_on_cpu(args: Namespace) -> None:
     """Switches whose kernels are a GPU's, and would be passed over, or fail when the model is built."""
-    chosen = [flag for flag in SWITCHES if flag not in ON_CPU_TOO and getattr(args, _name(flag))]
+    chosen = [flag for flag in SWITCHES if flag in GPU_ONLY and getattr(args, _name(flag))]
     if chosen:
         raise ValueError(f"{', '.join(chosen)}: needs a GPU, and this run is on the CPU; leave it out")
 
