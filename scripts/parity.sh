@@ -9,8 +9,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
 
 PARITY=${PARITY:-$OUTPUT_ROOT/parity} SEEDS=(1236 1237) FLAGS=("$@")
-GPUS=$(gpu_count)
-((GPUS > 0)) || die "this trains on a Hopper GPU, and this machine has none; scripts/quickstart.sh compares on a CPU"
+mapfile -t GPUS < <(visible_gpus)
+((${#GPUS[@]})) || die "this trains on a Hopper GPU, and this machine has none; scripts/quickstart.sh compares on a CPU"
 set_up
 cd "$REPO_ROOT"
 mkdir -p "$PARITY"
@@ -37,7 +37,7 @@ enlist() {
     local name=InfiR2_CPT_$1_smollm2-135m_$2 command
     local ended=$PARITY/$name/ended
     if [[ -f $ended && $(<"$ended") == "${FLAGS[*]}" ]]; then log "$name: reused" && return; fi
-    printf -v command '%q ' env "CUDA_VISIBLE_DEVICES=${#NAMES[@]}" "NAME=$name" "SEED=$2" \
+    printf -v command '%q ' env "CUDA_VISIBLE_DEVICES=${GPUS[${#NAMES[@]}]}" "NAME=$name" "SEED=$2" \
         bash "scripts/CPT/InfiR2_CPT_$1_smollm2-135m.sh" "${NUMBERS[@]}" "${FLAGS[@]}"
     COMMANDS+=(--run "$1, seed $2" "$PARITY/$name/log.txt" "$command")
     NAMES+=("$name")
@@ -69,7 +69,7 @@ NAMES=() COMMANDS=()
 for seed in "${SEEDS[@]}"; do
     for precision in FP8 BF16; do
         enlist "$precision" "$seed"
-        if ((${#NAMES[@]} == GPUS)); then train; fi
+        if ((${#NAMES[@]} == ${#GPUS[@]})); then train; fi
     done
 done
 train

@@ -152,9 +152,6 @@ class Fake:
             sglang_weights.load(model, TorchOnly(io.BytesIO(payload)).load())
         return {"success": True, "message": "Success"}
 
-    async def do_update_weights_from_disk(self, body: dict) -> dict:
-        return {"success": True, "message": "Succeeded"}
-
     async def do_init_weights_update_group(self, body: dict) -> dict:
         from infir2.rl import sglang_weights
 

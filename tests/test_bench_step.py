@@ -131,6 +131,37 @@ def test_stock_arms_have_none_of_our_work():
             assert not [word for word in words if word.startswith(("--fused-", "--check-gradients", "--deep-gemm"))]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--arm", "x=fp9"], "unknown precision 'fp9'; known: bf16"),
+        (["--rounds", "0"], "must be at least 1, found 0"),
+        (["--timed", "0"], "must be at least 1, found 0"),
+        (["--data", "nowhere"], "nowhere.bin does not exist"),
+        (["--flags=--tensor-model-parallel-size"], "--flags: --tensor-model-parallel-size '' is no number"),
+        (["--flags", "--tensor-model-parallel-size 0"], "--flags: --tensor-model-parallel-size '0' is no number"),
+        (["--flags", "--tensor-model-parallel-size 2"], "--gpus 1 is no multiple of the 2 that share a model"),
+        (["--output", "/dev/null/x"], "File exists: '/dev/null'"),
+    ],
+)
+def test_wrong_calls(monkeypatch, capsys, tmp_path, words, message):
+    """One line and status 2. Pins: tracebacks."""
+    monkeypatch.setattr(sys, "argv", ["bench_step", "--output", str(tmp_path / "x"), *words])
+    with pytest.raises(SystemExit) as end:
+        bench_step.main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_arms_on_a_cpu():
+    """Without what needs a GPU, which the engine refuses there. Pins: default arms that cannot be measured."""
+    arguments = bench_step.parse(["--output", "x"])
+    arguments.backend, arguments.cache = "cpu", "cache"
+    words = bench_step.step_flags(bench_step.ARMS["fp8-faster"], arguments)
+    assert "--fused-linear-cross-entropy" in words
+    assert not set(words) & bench_step.engine.GPU_ONLY
+
+
 def test_command(tmp_path):
     """One arm that works and one that cannot, on the CPU: the failure is reported, the other measured.
 
@@ -150,3 +181,25 @@ def test_command(tmp_path):
     assert len(good["seconds"]) == 2
     assert all(5 < loss < 8 for loss in good["losses"])
     assert "bad: ended with status" in done.stdout
+
+
+def test_nothing_measured(tmp_path):
+    """Status 1, and why. Pins: a report of nothing that ended with 0, and a refusal that only a worker's log held."""
+    command = [sys.executable, str(REPO / "tools/bench_step.py"), "--shape", "tiny", "--seq-length", "128"]
+    command += [
+        "--rounds",
+        "1",
+        "--warm-up",
+        "1",
+        "--timed",
+        "1",
+        "--no-profile",
+        "--arm",
+        "x=bf16 --lr-warmup-iters 9",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(REPO / "training"), "INFIR2_BACKEND": "cpu"}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "report")], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 1
+    assert "x: ended with status [2]: the warmup takes 9 of 5 steps" in done.stdout

@@ -203,3 +203,8 @@ def test_weights_are_the_checkpoint_s(folder, batch, tmp_path):
                 assert torch.equal(ours.contiguous().view(torch.uint8), theirs.view(torch.uint8)), (name, tensor)
         changed = [n for n in before.names if not torch.equal(before.tensor(n), hf.HFReader(run / "bf16").tensor(n))]
         assert len(changed) > 20, "a step that changes nothing shows nothing"
+
+
+def test_gradient_of_the_logits_is_not_copied():
+    """Pins: `logits[0]`, whose backward pass allocates the whole gradient of the logits again and copies into it."""
+    assert with_megatron("rl_probe", "gradient_lies_in_the_logits")

@@ -1,6 +1,7 @@
 """What a run refuses before it trains: each fault by name, with what was found, and status 2."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from trainer import FP8, MODEL, Training, train, with_megatron
+import torch
+from trainer import FP8, MODEL, Training, tensors, train, with_megatron
 
 from infir2.checkpoint import resolve
 
@@ -92,8 +94,12 @@ def test_checkpoints(parent, flags, tmp_path):
 
 
 def set_trained_format(run: Path, scale_fmt: str | None) -> None:
+    set_fact(run, scale_fmt=scale_fmt)
+
+
+def set_fact(run: Path, **facts) -> None:
     identity = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(identity | {"scale_fmt": scale_fmt}))
+    (run / "run.json").write_text(json.dumps(identity | facts))
 
 
 def test_scale_formats_do_not_mix(parent, flags, tmp_path):
@@ -175,6 +181,137 @@ def test_nothing_to_start_from(flags):
     words = flags()
     words.remove("--from-scratch")
     assert "nothing to start from" in with_megatron("test_preflight", "refusals", [words])[0]
+
+
+def test_missing_flags(flags):
+    """Pins: `infir2.pretrain` without flags, or with --load alone, ended in a TypeError; so did a run without
+    --kv-channels, in the check of the disk."""
+    words = flags()
+    at = words.index("--kv-channels")
+    commands = [[], ["--load", "x"], words[:at] + words[at + 2 :], flags("--lr-warmup-iters", "20")]
+    commands += [flags("--min-lr", "1"), flags("--min-lr", "-1"), flags("--lr-decay-style", "WSD")]
+    commands[-1].remove("--lr-wsd-decay-iters")
+    commands[-1].remove("6")
+    found = with_megatron("test_preflight", "refusals", commands)
+    assert all("missing: --num-layers, --hidden-size" in said for said in found[:2]), found
+    assert found[2] == ""
+    assert "the warmup takes 20 of 20 steps" in found[3]
+    assert "--min-lr 1 is not between 0 and --lr 0.003" in found[4]
+    assert "--min-lr -1 is not between 0 and --lr 0.003" in found[5]
+    assert "WSD needs --lr-wsd-decay-iters" in found[6]
+
+
+def test_branches(parent, flags, tmp_path):
+    """A branch goes on where the parent's learning rate is, with the parent's Adam and order of samples.
+
+    The parent has 20 steps: warmup to 4, stable to 14, decay to 20. Pins: a decay branch of an iteration of the warmup
+    or of the parent's own decay, whose learning rate jumps; one with another --min-lr, which Megatron refuses by a
+    traceback when the model is built; one whose samples are not the parent's, or run out.
+    """
+    decay = ["--lr-warmup-iters", "0", "--lr-wsd-decay-iters", "4"]
+
+    def branch(iteration: int, end: int, *more: str) -> list[str]:
+        load = ["--load", str(parent), "--ckpt-step", str(iteration), "--save", str(tmp_path / f"branch{iteration}")]
+        return [*load, *decay, "--train-iters", str(end), *more]
+
+    shutil.copytree(parent / "iter_0000010", parent / "iter_0000002")  # which weights it holds does not matter here
+    jump = "the learning rate would jump: at iteration"
+    phases = "(warmup to 4, 0.003 to 14, WSD decay to 0.0003 at 20)"
+    cases = [
+        (branch(10, 14), ""),
+        (branch(20, 24), f"{jump} 20 {parent} has 0.0003 {phases}"),
+        (branch(2, 8), f"{jump} 2 {parent} has 0.0015 {phases}, this run 0.003 (0.003 to 4, WSD decay"),
+        (branch(10, 12, "--lr-wsd-decay-iters", "8"), f"{jump} 10"),
+        (branch(10, 14, "--min-lr", "0"), "other learning rates (min_lr was 0.0003, is 0.0)"),
+        (branch(10, 14, "--lr", "1e-3"), "other learning rates (lr was 0.003, is 0.001)"),
+        (branch(10, 14, "--data-index-iters", "40"), "made for 20 iterations in"),
+        (branch(10, 800), "ends after 282 samples, --train-iters 800 needs 3200: take 70 iterations"),
+    ]
+    check(flags, cases)
+    shutil.rmtree(parent / "iter_0000002")
+
+
+def test_order_of_samples_ends_where_preflight_says(run_flags, tmp_path):
+    """All of the samples that an index holds can be trained on: what is refused is one step more."""
+    flags = run_flags(tmp_path, "--data-index-iters", "3", "--train-iters", "70")
+    train(flags, tmp_path / "log")
+    assert Training([*flags, "--train-iters", "71"], tmp_path / "log").wait() == 2
+
+
+def test_length_and_place_may_change(parent, flags, corpus, tmp_path):
+    """The same run, longer, or with its data at another path: what else differs is refused.
+
+    Pins: a run that could not be made longer; one refused because its corpus was named by another path; Adam's epsilon
+    that changed unnoticed."""
+    constant = damaged(parent, tmp_path, "constant", lambda run, last: set_fact(run, lr_decay_style="constant"))
+    own = ["--save", constant, "--load", constant, "--bf16", "--lr-decay-style", "constant"]
+    path = Path(os.path.relpath(corpus))
+    cases = [
+        ([*own, "--train-iters", "30"], ""),
+        ([*own, "--data-path", str(path)], ""),
+        ([*own, "--train-iters", "10"], "belongs to another run (train_iters was 20, is 10)"),
+        ([*own, "--adam-eps", "1e-6"], "belongs to another run (adam_eps was 1e-08, is 1e-06)"),
+        (
+            ["--bf16", "--save", str(parent), "--load", str(parent), "--train-iters", "30"],
+            "the learning rate would jump",
+        ),
+    ]
+    check(flags, cases)
+
+
+def test_what_computes_is_recorded(run_flags, tmp_path):
+    """Pins: speed switches that changed at a resume unnoticed, and flags that Megatron refuses and yet left a run.json
+    behind, so that the command with the right flags was refused."""
+    run = tmp_path / "run"
+    run.mkdir()
+    flags = run_flags(run, "--bf16", "--train-iters", "20", "--save-interval", "2", "--exit-interval", "2")
+    wrong = Training([*flags, "--global-batch-size", "5"], run / "log")
+    assert wrong.wait() == 2
+    assert "error: Megatron refuses these flags: AssertionError: " in (run / "log").read_text()
+    assert not (run / "checkpoints/run.json").exists()
+    train(flags, run / "log")
+    assert json.loads((run / "checkpoints/run.json").read_text())["arithmetic"]["check_gradients_once"] is False
+    train([*flags, "--check-gradients-once"], run / "log")
+    assert "last launch: check_gradients_once was False, is True" in (run / "log").read_text()
+    assert json.loads((run / "checkpoints/run.json").read_text())["arithmetic"]["check_gradients_once"] is True
+
+
+def test_longer_run_is_the_longer_run(run_flags, tmp_path):
+    """A run that stops in its stable phase and is then made longer ends as one that was longer from the start.
+
+    Pins: --train-iters that could not be raised; an order of samples, or a schedule, that stays the shorter one's.
+    """
+    more = ["--bf16", "--lr-decay-style", "constant", "--save-interval", "6"]
+    for name, lengths in {"longer": (6, 10), "whole": (10,)}.items():
+        (tmp_path / name).mkdir()
+        for length in lengths:
+            train(run_flags(tmp_path / name, *more, "--train-iters", str(length)), tmp_path / name / "log")
+    ours, wanted = (tensors(tmp_path / name / "checkpoints") for name in ("longer", "whole"))
+    assert [key for key in wanted if not torch.equal(ours[key], wanted[key])] == []
+
+
+def test_no_evaluation(run_flags, corpus, tmp_path):
+    """Pins: --eval-iters 0 beside a validation set ended in Megatron's assertion, when the run had begun."""
+    more = ["--train-data-path", str(corpus), "--valid-data-path", str(corpus), "--train-iters", "6"]
+    flags = run_flags(tmp_path, *more)
+    at = flags.index("--data-path")
+    train(flags[:at] + flags[at + 4 :], tmp_path / "log")
+
+
+def test_gpu_switches_on_a_cpu(flags, tmp_path):
+    """Pins: --fused-qkv-rope on a CPU ended in an assertion of the model; others did nothing, silently."""
+    for number, switch in enumerate(("--fused-qkv-rope", "--fused-weight-gradient", "--deep-gemm")):
+        log = tmp_path / str(number)
+        assert Training(flags(switch), log).wait() == 2
+        assert f"error: {switch}: needs a GPU, and this run is on the CPU" in log.read_text()
+
+
+def test_help(tmp_path):
+    """Pins: a bare percent sign in one of Megatron's help texts, by which --help of every stage died."""
+    for number, stage in enumerate(([], ["sft"])):
+        log = tmp_path / str(number)
+        assert Training([*stage, "--help"], log).wait() == 0
+        assert "--from-scratch" in log.read_text()
 
 
 def test_status_is_two(flags, tmp_path):

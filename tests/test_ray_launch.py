@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,9 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from infir2 import ray_cluster
 from infir2.ray_launch import Place, environments
+from infir2.rl import sglang_weights
 
 REPO = Path(__file__).parents[1]
 PYTHONPATH = f"{REPO / 'training'}:{{}}"
@@ -264,6 +267,59 @@ def test_cluster_that_cannot_be_used(version, token, environment, text):
     assert text in str(refusal.value)
     with pytest.raises(ray_cluster.Refusal, match="no Ray dashboard answers at RAY_ADDRESS"):
         ray_cluster.find({"RAY_ADDRESS": address})  # it is gone now
+
+
+JOIN = """
+from infir2 import ray_launch
+ray_launch.CONNECT_SECONDS = {seconds}
+ray_launch.logging.basicConfig()
+ray_launch._exit_on_signals()
+with ray_launch.session(1, cpu=True):
+    pass
+"""
+
+
+def joining(address: str, seconds: float) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH.format(""), "RAY_ADDRESS": address}
+    command = [sys.executable, "-c", JOIN.format(seconds=seconds)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_nothing_listens(host):
+    """Pins: RAY_ADDRESS of a cluster that is gone, for which Ray waits for six minutes and more."""
+    done = joining(f"{host}:1", 600)
+    assert f"Refusal: no Ray cluster listens at RAY_ADDRESS={host}:1" in done.communicate(timeout=120)[1]
+
+
+def test_a_cluster_that_does_not_answer():
+    """It listens, and is no Ray, or hangs. Pins: the same wait; and SIGTERM, which Ray's wait did not heed."""
+    with socket.create_server(("", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        done = joining(address, 3)
+        assert f"no Ray cluster answers at {address} within 3 s" in done.communicate(timeout=120)[1]
+        assert done.returncode == 2
+    with socket.create_server(("", 0)) as listener:
+        done = joining(f"127.0.0.1:{listener.getsockname()[1]}", 600)
+        connections = [listener.accept()[0] for _ in range(2)]  # ours, then Ray's
+        done.terminate()
+        done.communicate(timeout=120)
+        assert done.returncode == 128 + signal.SIGTERM
+        assert len(connections) == 2
+
+
+def test_addresses_of_ipv6_nodes():
+    """Pins: an engine's URL and a rendezvous without brackets, in which a port cannot be told from the address."""
+    assert sglang_weights.in_url("fd00::1") == "[fd00::1]"
+    assert sglang_weights.in_url("10.0.0.1") == "10.0.0.1"
+    group = sglang_weights.join("::1", free_port(), 0, 1, "gloo")
+    assert group.size() == 1
+    torch.distributed.destroy_process_group(group)
+
+
+def free_port() -> int:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as probe:
+        return probe.getsockname()[1]
 
 
 def test_a_job_takes_settings_along_but_no_machine_and_no_secret():

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,6 +332,41 @@ def test_refused_by_the_trainer(folder, more, message):
         assert with_megatron("rl_probe", "refusal", flags(folder, run)) == ""
     found = with_megatron("rl_probe", "refusal", flags(folder, run, *more))
     assert re.search(message, found), found
+
+
+def test_resumed_longer_or_from_another_path(folder, tmp_path):
+    """The same prompts elsewhere, and more steps, are the same run; variables of the chat template are not.
+
+    Pins: both refused as another run; a model whose prompts need --apply-chat-template-kwargs, which nobody took."""
+    prompts, run = tmp_path / "prompts.jsonl", tmp_path / "run"
+    prompts.write_bytes((folder / "train.jsonl").read_bytes())
+    cases = [
+        ([], ""),
+        (["--prompt-data", str(prompts)], ""),
+        (["--num-rollout", "12"], ""),
+        (["--num-rollout", "10"], r"belongs to another run \(train_iters was 12, is 10"),
+        (["--apply-chat-template-kwargs", '{"enable_thinking": false}'], "belongs to another run .*enable_thinking"),
+        (["--apply-chat-template-kwargs", '{"enable_thinking": false}', "--save", str(tmp_path / "other")], ""),
+    ]
+    for more, message in cases:
+        found = with_megatron("rl_probe", "refusal", flags(folder, run, "--num-rollout", "8", *more))
+        assert re.search(message, found) if message else not found, (more, found)
+
+
+def test_chat_template_kwargs_reach_the_prompts(folder, tmp_path, monkeypatch):
+    """Pins: prompts rendered otherwise than they were prepared."""
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    path = tmp_path / "hf/tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["chat_template"] = "{{ mark }}" + config["chat_template"]
+    path.write_text(json.dumps(config))
+    monkeypatch.setattr(controller.rewards, "pool_from", lambda args: None)
+    words = [*flags(folder, tmp_path), "--tokenizer-model", str(tmp_path / "hf")]
+    lengths = []
+    for mark in ("", "MARK"):
+        args, _ = controller.parse([*words, "--apply-chat-template-kwargs", json.dumps({"mark": mark})])
+        lengths.append(len(controller.Inputs(args).prompts.tokens[0]))
+    assert lengths[0] < lengths[1]
 
 
 def test_resumed_otherwise(folder, whole, cluster):

@@ -360,3 +360,42 @@ def test_no_prompts(tokenizer, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="holds no prompts"):
         prompts_of(tmp_path / "empty.jsonl", tokenizer)
+
+
+class Endless(FakeEngine):
+    """Never samples a token that ends a response."""
+
+    def _answer(self, request, stopped: bool) -> Response:
+        tokens = [2] * request.max_new_tokens
+        self.generated += len(tokens)
+        return Response(request.id, tokens, [-1.0] * len(tokens), "length")
+
+
+@pytest.mark.parametrize(("filter", "samples"), [(True, 128), (False, 4)])
+def test_all_responses_cut(filter, samples):
+    """A step whose responses are all cut, and whose scores say nothing, ends the run with the tokens that would have
+    ended them. Pins: a wrong end-of-turn token, by which every right answer scored 0: ten full rounds, then "the
+    prompts are too easy or too hard"; without dynamic sampling no word at all."""
+    source, engine = Source(FakePrompts(5), samples, 0, shuffle=True), Endless(9)
+    engine.begin_step(0, 0)
+    plan = replace(PLAN, rounds=10, filter=filter, stop="151643 <|endoftext|>")
+    with pytest.raises(RolloutError, match=r"(?s)cut at \d+ tokens.*are 151643 <\|endoftext\|>\. If the model"):
+        collect(source, engine, all_with(0.0), decode, plan, SAMPLING, 0)
+    assert engine.generated <= 2 * 3 * samples * 9  # two rounds at most, and not ten
+
+
+def test_cost_of_a_response(monkeypatch):
+    """Pins: all outstanding requests counted again for every response, seconds of a step at 6,144 of them."""
+    looked_at = Counter()
+
+    class Counted(rollout.Group):
+        def __getattribute__(self, name):
+            looked_at[name] += 1
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(rollout, "Group", Counted)
+    engine = FakeEngine(9)
+    engine.begin_step(0, 0)
+    plan = replace(PLAN, groups=50, over_sampling=50, filter=False)
+    collect(Source(FakePrompts(5), 4, 0, shuffle=True), engine, score, decode, plan, SAMPLING, 0)
+    assert looked_at["id"] < 10 * 50 * 4

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from infir2.rl import controller as rl_controller
+
 REPO = Path(__file__).parents[1]
 GOLDEN = REPO / "tests/golden"
 SCRIPTS = sorted(path.stem for path in (REPO / "scripts/CPT").glob("*.sh"))
@@ -92,6 +94,56 @@ def test_flags_of_the_user_win_and_launcher_flags_are_taken():
     assert words[-2:] == ["--train-iters", "7"]
     assert words[words.index("--nnodes") + 1] == "4"
     assert words[words.index("--rdzv-endpoint") + 1] == "node0:29400"
+
+
+def test_launches_on_one_node_do_not_meet():
+    """Pins: two runs on one host met at port 29400; the second died with the first one's end. And several nodes that
+    were told no meeting place waited for each other at their own."""
+
+    def meeting(*flags: str, **more: str) -> str:
+        words = argv("InfiR2_CPT_FP8_7B", *flags, **more)
+        return words[words.index("--rdzv-endpoint") + 1]
+
+    assert meeting() == "localhost:0"  # a free port
+    slurm = {"SLURM_JOB_NUM_NODES": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n7", "SLURM_JOB_ID": "42"}
+    assert meeting(**slurm) == "localhost:0"
+    assert meeting("--rdzv_endpoint", "localhost:4000") == "localhost:4000"
+    done = run("InfiR2_CPT_FP8_7B", NNODES="2")
+    assert done.returncode == 2
+    assert "set RDZV_ENDPOINT: host:port where the 2 nodes meet" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [(None, "0 1 2 3"), ("2,3", "2 3"), ("", ""), ("-1", ""), ("3,9,1", "3"), ("GPU-5a,GPU-7c", "GPU-5a GPU-7c")],
+)
+def test_gpus_that_we_may_use(tmp_path, visible, found):
+    """Pins: CUDA_VISIBLE_DEVICES ignored: on a shared node other people's GPUs were counted and taken."""
+    executable(tmp_path / "nvidia-smi", '#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: x"; done\n')
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    settings |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = "source scripts/lib/common.sh; echo $(visible_gpus); gpu_count"
+    done = subprocess.run(["bash", "-c", command], cwd=REPO, env=settings, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [found, str(len(found.split()))]
+
+
+def test_a_resumed_run_has_one_id_at_wandb(tmp_path):
+    """Pins: a new run at Weights & Biases for each launch. Another run has another id."""
+    command = "source scripts/lib/common.sh; source scripts/lib/megatron.sh; NAME=x; wandb_args; echo ${WANDB_RUN_ID:-}"
+
+    def run_id(name: str, **more: str) -> str:
+        settings = {"PATH": os.environ["PATH"], "WANDB_PROJECT": "p", "RUN_DIR": str(tmp_path / name), **more}
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=REPO, env=settings, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    first = run_id("a")
+    assert len(first) == 8
+    assert run_id("a") == first == (tmp_path / "a/wandb_id").read_text()
+    assert run_id("b") != first
+    assert run_id("c", DRY_RUN="1") == ""
+    assert not (tmp_path / "c").exists()
 
 
 def test_slurm(tmp_path):
@@ -201,6 +253,12 @@ def test_rl_engines_apart():
     assert job[job.index("--") + 1 :] == sft_argv("InfiR2_RL_FP8_7B_stage1_4node")
 
 
+def test_rl_engine_flags():
+    """Pins: SGLANG_ARGS of one word, which begins with -- and was taken for a flag."""
+    words = sft_argv("InfiR2_RL_FP8_7B_stage1_1node", SGLANG_ARGS="--disable-cuda-graph")
+    assert rl_controller.parse([*words[3:], "--metrics-file", "x"])[0].sglang_arguments == "--disable-cuda-graph"
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -281,6 +339,19 @@ def test_sft_job_status(tmp_path, submitted, state, status, text):
 
 
 @pytest.mark.parametrize(
+    ("url", "host"), [("http://head.cluster:8265", "head.cluster"), ("http://[fd00::1]:8265/", "fd00::1")]
+)
+def test_jobs_do_not_go_to_the_webs_proxy(url, host):
+    """Pins: with http_proxy set, as on many clusters, `ray job submit` asked the proxy for the dashboard."""
+    command = (
+        f'source scripts/lib/common.sh; source scripts/lib/ray.sh; without_proxy "{url}"; echo $no_proxy $NO_PROXY'
+    )
+    settings = {"PATH": os.environ["PATH"], "http_proxy": "http://proxy:3128", "no_proxy": "intern"}
+    done = subprocess.run(["bash", "-c", command], cwd=REPO, env=settings, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [f"{host},intern", host]
+
+
+@pytest.mark.parametrize(
     ("more", "text"),
     [
         ({"DATA_DIR": ""}, "set DATA_DIR: folder that tools/prepare_data.py sft wrote"),
@@ -350,6 +421,13 @@ def test_parity(tmp_path):
     assert [Path(words[words.index("--bf16-seed") + 1]).name[-4:] for words in reports] == ["1237", "1236"]
     assert len(parity(tmp_path, "--lr", "1e-4")[1]) == 6 + 2  # the reports alone
     assert len(parity(tmp_path, "--lr", "2e-4")[1]) == 6 + 2 + 6
+
+
+def test_parity_takes_the_gpus_that_it_may(tmp_path, monkeypatch):
+    """Pins: CUDA_VISIBLE_DEVICES overwritten by 0, 1, ..., which are other people's GPUs on a shared node."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    runs = [words for words in parity(tmp_path)[1] if "infir2.pretrain" in words]
+    assert [words[0] for words in runs] == ["1"] * 4
 
 
 def test_parity_stops_at_a_failed_run(tmp_path):

@@ -181,3 +181,18 @@ def test_another_tokenizer_is_refused(data, tmp_path):
     args.use_dynamic_batch_size = False
     with pytest.raises(DataError, match="was prepared with none"):
         FineTuning().data(args)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "exact_match", "message"),
+    [(16, 0, "has 11 samples, fewer than the 16 data-parallel ranks"), (8, 4, "--eval-exact-match has 4 samples")],
+)
+def test_evaluation_smaller_than_the_ranks(data, ranks, exact_match, message):
+    """Before training. Pins: a run that failed at its first evaluation, hours in."""
+    args = Namespace(sft_data=data, tokenizer_model=None, seq_length=128, eval_iters=1, use_dynamic_batch_size=False)
+    args.tensor_model_parallel_size, args.context_parallel_size, args.world_size = 2, 1, 2 * ranks
+    args.padded_vocab_size, args.eval_exact_match = 256, exact_match
+    with pytest.raises(ValueError, match=message):
+        FineTuning().data(args)
+    args.world_size, args.eval_exact_match = 2 * 11, 11
+    assert FineTuning().data(args)["sft_data"] == str(data)

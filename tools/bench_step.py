@@ -34,8 +34,9 @@ from pathlib import Path
 
 import numpy as np
 
-from infir2 import files, precision
-from infir2.indexed import IndexedWriter
+from infir2 import backend, engine, files, precision
+from infir2.data.pretraining import positive
+from infir2.indexed import DataError, IndexedReader, IndexedWriter
 from infir2.qwen2 import Shape, megatron_flags
 from infir2.speed import kernel_profile
 
@@ -63,6 +64,10 @@ class Arm:
         words = shlex.split(rest)
         if not words:
             raise argparse.ArgumentTypeError(f"'{text}' is not NAME=PRECISION FLAG...")
+        if not name or "/" in name:
+            raise argparse.ArgumentTypeError(f"'{name}' names a folder: take letters and digits")
+        if words[0] not in precision.PRECISIONS:
+            raise argparse.ArgumentTypeError(f"unknown precision '{words[0]}'; known: {' '.join(precision.PRECISIONS)}")
         return name, cls(words[0], tuple(words[1:]))
 
 
@@ -164,7 +169,6 @@ class Clock:
 
 def work(arguments: argparse.Namespace, flags: list[str]) -> None:
     """Run the engine with `flags` and write what was measured to `arguments.worker`."""
-    from infir2 import engine
     from infir2.pretrain import Pretraining
 
     clock = Clock(arguments.warm_up, arguments.timed, arguments.trace)
@@ -300,7 +304,9 @@ class Worker:
         text = self.log.read_text(errors="replace")
         if "OutOfMemoryError" in text or "out of memory" in text:
             return "out of memory; take fewer --layers, a smaller --micro-batch-size, or a larger GPU"
-        return f"ended with status {[process.returncode for process in self.processes]}"
+        said = [line.partition("error: ")[2] for line in text.splitlines() if line.startswith("[infir2] error: ")]
+        status = f"ended with status {[process.returncode for process in self.processes]}"
+        return f"{status}: {said[-1]}" if said else status
 
 
 def _without_trace(command: list[str]) -> list[str]:
@@ -341,7 +347,12 @@ def step_flags(arm: Arm, arguments: argparse.Namespace) -> list[str]:
     words += "--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0".split()
     words += ["--no-create-attention-mask-in-dataloader", "--log-interval", "1", "--log-throughput"]
     words += ["--data-path", str(arguments.data), "--split", "100,0,0", "--data-cache-path", str(arguments.cache)]
-    return words + list(arm.flags) + arguments.flags
+    return words + _on_this_machine([*arm.flags, *arguments.flags], arguments.backend)
+
+
+def _on_this_machine(flags: list[str], backend: str) -> list[str]:
+    """On a CPU without the switches that need a GPU: an arm then has what is left of it."""
+    return [flag for flag in flags if backend == "gpu" or flag not in engine.GPU_ONLY]
 
 
 def global_batch(arguments: argparse.Namespace) -> int:
@@ -350,7 +361,12 @@ def global_batch(arguments: argparse.Namespace) -> int:
     shared = 1
     for flag in ("--tensor-model-parallel-size", "--context-parallel-size", "--pipeline-model-parallel-size"):
         if flag in words:
-            shared *= int(words[words.index(flag) + 1])
+            size = "".join(words[words.index(flag) + 1 :][:1])
+            if not size.isdigit() or int(size) < 1:
+                raise ValueError(f"--flags: {flag} '{size}' is no number of GPUs")
+            shared *= int(size)
+    if arguments.gpus % shared:
+        raise ValueError(f"--gpus {arguments.gpus} is no multiple of the {shared} that share a model by --flags")
     return arguments.micro_batch_size * arguments.micro_batches * arguments.gpus // shared
 
 
@@ -498,17 +514,17 @@ def _row(cells: list[str]) -> str:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.5B")
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for one that does not fit")
-    parser.add_argument("--seq-length", type=int, default=8192)
-    parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--micro-batches", type=int, default=4, help="in a step, on each GPU")
+    parser.add_argument("--layers", type=positive, help="fewer layers than the shape has, for one that does not fit")
+    parser.add_argument("--seq-length", type=positive, default=8192)
+    parser.add_argument("--micro-batch-size", type=positive, default=1)
+    parser.add_argument("--micro-batches", type=positive, default=4, help="in a step, on each GPU")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[], help=f"default: {' '.join(DEFAULT_ARMS)}")
     parser.add_argument("--arm", action="append", type=Arm.parse, default=[], metavar="'NAME=PRECISION FLAG...'")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--warm-up", type=int, default=4, help="steps before the timed ones, in each round")
-    parser.add_argument("--timed", type=int, default=12, help="timed steps in each round")
+    parser.add_argument("--rounds", type=positive, default=2)
+    parser.add_argument("--warm-up", type=positive, default=4, help="steps before the timed ones, in each round")
+    parser.add_argument("--timed", type=positive, default=12, help="timed steps in each round")
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU")
+    parser.add_argument("--gpus", type=positive, default=1, help="processes, one a GPU")
     parser.add_argument("--flags", type=shlex.split, default=[], help="further flags for every arm, in one word")
     parser.add_argument("--data", type=Path, help="prefix of a corpus (.bin, .idx); default: random tokens")
     parser.add_argument("--seconds", type=float, default=3600, help="begin no arm that would end after so many")
@@ -528,9 +544,20 @@ def main() -> None:
     if arguments.worker:
         work(arguments, arguments.rest)
         leave()
-    from infir2 import backend
+    try:
+        report = run(arguments)
+    except (ValueError, RuntimeError, OSError, DataError) as error:
+        sys.exit(engine.refusal(error))
+    print(table(report))
+    sys.exit(0 if any(map(seconds, report["arms"].values())) else 1)
 
+
+def run(arguments: argparse.Namespace) -> dict:
+    """Measure all arms. Refuses (ValueError, OSError, DataError) what no arm could be measured with."""
     arguments.backend = backend.name()
+    if arguments.data is not None:
+        IndexedReader(arguments.data)
+    global_batch(arguments)
     arms = {name: ARMS[name] for name in arguments.arms} | dict(arguments.arm)
     arms = arms or {name: ARMS[name] for name in DEFAULT_ARMS}
     with tempfile.TemporaryDirectory(prefix="bench_step") as temporary:
@@ -542,8 +569,9 @@ def main() -> None:
             arguments.data = random_corpus(
                 folder / "random", samples * arguments.seq_length, SHAPES[arguments.shape].vocab
             )
+        _write(report, arguments.output)
         measure(arms, arguments, folder, report)
-    print(table(report))
+    return report
 
 
 def _header(arguments: argparse.Namespace) -> dict:

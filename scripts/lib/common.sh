@@ -34,9 +34,17 @@ read_words() {
     mapfile -t words <<<"$output"
 }
 
-gpu_count() {
-    if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true; else echo 0; fi
+# visible_gpus: the GPUs of this node that we may use, one a line: those of CUDA_VISIBLE_DEVICES where that is set.
+visible_gpus() {
+    local found device
+    found=$(command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || return 0
+    for device in $(if [[ -v CUDA_VISIBLE_DEVICES ]]; then echo "${CUDA_VISIBLE_DEVICES//,/ }"; else seq 0 $((found - 1)); fi); do
+        if [[ $device =~ ^-?[0-9]+$ ]] && ((device < 0 || device >= found)); then break; fi # CUDA stops there, too
+        echo "$device"
+    done
 }
+
+gpu_count() { visible_gpus | wc -l; }
 
 # use_backend NPROC [SETTING]: set BACKEND (cpu or gpu) and refuse where this node cannot run NPROC processes; the user
 # changes that number by SETTING. INFIR2_BACKEND=cpu runs on the CPU of a GPU machine.

@@ -93,14 +93,17 @@ take_launcher_flags() {
     done
 }
 
-# launcher: set LAUNCHER. One process needs none; under srun the rendezvous is on the allocation's first node.
+# launcher: set LAUNCHER. One process needs none; one node meets on a free port of its own; under srun several nodes meet
+# on the allocation's first.
 launcher() {
-    if [[ -n ${SLURM_JOB_NUM_NODES:-} && -n ${SLURM_STEP_ID:-} ]]; then
-        NNODES=${NNODES:-$SLURM_JOB_NUM_NODES}
+    if [[ -n ${SLURM_JOB_NUM_NODES:-} && -n ${SLURM_STEP_ID:-} ]]; then NNODES=${NNODES:-$SLURM_JOB_NUM_NODES}; fi
+    if [[ ${NNODES:-1} != 1 && -n ${SLURM_STEP_ID:-} ]]; then
         RDZV_ENDPOINT=${RDZV_ENDPOINT:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29400}
     fi
     LAUNCHER=("$PYTHON")
     if ((NPROC * ${NNODES:-1} == 1)); then return; fi
+    if [[ ${NNODES:-1} == 1 ]]; then RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0}; fi
+    require RDZV_ENDPOINT "host:port where the ${NNODES:-1} nodes meet, the same on each: node0:29400 (--rdzv_endpoint)"
     LAUNCHER+=(-m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "$NPROC" --rdzv-backend c10d)
-    LAUNCHER+=(--rdzv-endpoint "${RDZV_ENDPOINT:-localhost:29400}" --rdzv-id "${SLURM_JOB_ID:-$NAME}")
+    LAUNCHER+=(--rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${SLURM_JOB_ID:-$NAME}")
 }

@@ -32,10 +32,17 @@ log_args() {
     LOG_ARGS=(--log-interval 1 --log-throughput --log-timers-to-tensorboard --tensorboard-dir "$RUN_DIR/tensorboard")
 }
 
-# wandb_args: set WANDB_ARGS; empty without WANDB_PROJECT.
+# wandb_args: set WANDB_ARGS; empty without WANDB_PROJECT. A run that is resumed goes on under its first id.
 wandb_args() {
     WANDB_ARGS=()
     [[ -n ${WANDB_PROJECT:-} ]] || return 0
     export WANDB_MODE=${WANDB_MODE:-offline}
+    if [[ ${DRY_RUN:-0} != 1 ]]; then
+        local id=$RUN_DIR/wandb_id
+        mkdir -p "$RUN_DIR" || die "cannot make the run's folder $RUN_DIR"
+        [[ -s $id ]] || (set -o noclobber && printf '%04x%04x' "$RANDOM" "$RANDOM" >"$id") 2>/dev/null || true
+        WANDB_RUN_ID=$(<"$id")
+        export WANDB_RUN_ID WANDB_RESUME=allow
+    fi
     WANDB_ARGS=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$NAME" --wandb-save-dir "$RUN_DIR/wandb")
 }

@@ -66,6 +66,7 @@ submit() {
         "$ray" job submit --address "$RAY" --submission-id "$job" --runtime-env-json "$environment" -- "$@"
     )
     announce "${command[@]}" || return 0
+    without_proxy "$RAY"
     # In the background, so that a signal is handled at once: bash would wait for a command in the foreground.
     trap 'stop_job "$ray" "$job" 130' INT
     trap 'stop_job "$ray" "$job" 143' TERM
@@ -73,6 +74,14 @@ submit() {
     wait $! || status=$?
     if ((status == 0)); then confirm_success "$ray" "$job"; fi
     exit "$status"
+}
+
+# without_proxy URL: a cluster is not behind the web's proxy. Clients read one of the two names.
+without_proxy() {
+    local host=${1#*://}
+    host=${host%%/*} host=${host%:*}
+    host=${host#[} host=${host%]}
+    export no_proxy="$host${no_proxy:+,$no_proxy}" NO_PROXY="$host${NO_PROXY:+,$NO_PROXY}"
 }
 
 # confirm_success RAY JOB: `ray job submit` also ends with 0 when the job was stopped, or the log's connection cut.

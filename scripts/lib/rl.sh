@@ -65,8 +65,9 @@ engine_args() {
     [[ $BACKEND == gpu ]] || return 0
     ENGINE_ARGS=(
         --rollout-num-gpus-per-engine "$ENGINE_GPUS" --sglang-mem-fraction-static "${ENGINE_MEMORY:-0.6}"
-        --sglang-arguments "${SGLANG_ARGS:-}"
     )
+    # In one word: a value that begins with -- is else taken for a flag.
+    if [[ -n ${SGLANG_ARGS:-} ]]; then ENGINE_ARGS+=("--sglang-arguments=$SGLANG_ARGS"); fi
     if [[ -n ${SGLANG_PYTHON:-} ]]; then ENGINE_ARGS+=(--sglang-python "$SGLANG_PYTHON"); fi
     if [[ ${COLOCATE:-1} == 1 ]]; then
         ENGINE_ARGS+=(--colocate)

@@ -7,13 +7,16 @@ a hand-off (infir2.masters), and proof that FP8 is on (infir2.proof).
 
 import logging
 import os
+import re
 import socket
 import sys
 import time
+import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from infir2 import backend, precision, preflight
@@ -31,6 +34,10 @@ class Stage:
     def settle(self, args: Namespace) -> None:
         """Set what follows from the flags, and refuse what cannot train (ValueError). Every rank calls it, before
         Megatron validates `args`."""
+
+    def updates(self, args: Namespace) -> int:
+        """Optimizer steps of an iteration, which the learning rate counts."""
+        return 1
 
     def tokens_per_micro_batch(self, args: Namespace) -> int:
         """Tokens of one forward pass over all ranks that share it."""
@@ -53,7 +60,7 @@ class Stage:
         return {}
 
 
-# What makes steps faster or smaller; docs/performance.md has what each brought. All but two need a GPU.
+# What makes steps faster or smaller; docs/performance.md has what each brought. All of `GPU_ONLY` need one.
 SWITCHES = {
     backend.FUSED_QKV_ROPE: "rotate q and k in the qkv layer's output, without splitting it first; not packed samples",
     backend.FUSED_WEIGHT_GRADIENT: "add weight gradients to the FP32 ones in the GEMMs that compute them, without apex",
@@ -70,10 +77,14 @@ SWITCHES = {
     "--check-gradients-once": "look for NaN and Inf in the gradient norm, before the optimizer uses the gradients, and "
     "not in each loss and part of the gradients, where the CPU waits for the GPU every time (CPU too)",
 }
+GPU_ONLY = SWITCHES.keys() - {backend.FUSED_EMBEDDING, "--check-gradients-once"}
 
 
 def add_arguments(stage: Stage, parser: ArgumentParser) -> ArgumentParser:
-    """Our own flags, beside Megatron's."""
+    """Our own flags, beside Megatron's, whose help texts have bare percent signs (0.19.2), which argparse refuses."""
+    for action in parser._actions:
+        if action.help:
+            action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
     group = parser.add_argument_group("infir2")
     group.add_argument(
         "--from-scratch",
@@ -122,20 +133,59 @@ def refusal(error: Exception) -> int:
 
 
 def parse(stage: Stage, kind: str, scale_fmt: str) -> tuple[Namespace, preflight.Start]:
-    """Megatron's arguments, checked and validated, and where to start, which every rank decides for itself."""
-    from megatron.training.arguments import parse_args, validate_args
-    from megatron.training.global_vars import set_global_variables
+    """Megatron's arguments, checked and validated, and where to start, which every rank decides for itself. Rank 0 then
+    writes run.json: no flag is refused any more."""
+    from megatron.training.arguments import parse_args
 
     sys.argv += backend.arguments(kind)
     args = parse_args(partial(add_arguments, stage))
+    preflight.refuse_missing(args, preflight.SHAPE)
     stage.settle(args)
     settle_speed(args)
     if kind == "gpu":
         refuse_attention(args.attention_backend.name)
-    start = preflight.check(args, stage, kind, scale_fmt) if args.rank == 0 else preflight.choose_start(args)
-    validate_args(args)
-    set_global_variables(args)
+    else:
+        refuse_on_cpu(args)
+    if args.rank != 0:
+        start = preflight.choose_start(args)
+        validate(args)
+        return args, start
+    start, identity = preflight.check(args, stage, kind, scale_fmt)
+    validate(args)
+    if args.save is not None:
+        preflight.record(Path(args.save), identity, arithmetic(args), start)
     return args, start
+
+
+def validate(args: Namespace) -> None:
+    """Megatron's own checks, and its global state. What it refuses by whatever exception is a ValueError."""
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    try:
+        validate_args(args)
+        set_global_variables(args)
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].line  # many of its assertions have no words
+        words = " ".join(str(error).split()) or line
+        raise ValueError(f"Megatron refuses these flags: {type(error).__name__}: {words}") from error
+
+
+def arithmetic(args: Namespace) -> dict[str, Any]:
+    """What computes a run's results, for run.json: it changes no formula, but the order of sums or the kernels."""
+    names = [*map(_name, SWITCHES), "fused_linear_cross_entropy", "micro_batch_size", "max_tokens_per_gpu"]
+    return {name: getattr(args, name, None) for name in names}
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def refuse_on_cpu(args: Namespace) -> None:
+    """Switches whose kernels are a GPU's, and would be passed over, or fail when the model is built."""
+    chosen = [flag for flag in SWITCHES if flag in GPU_ONLY and getattr(args, _name(flag))]
+    if chosen:
+        raise ValueError(f"{', '.join(chosen)}: needs a GPU, and this run is on the CPU; leave it out")
 
 
 def settle_speed(args: Namespace) -> None:

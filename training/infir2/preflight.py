@@ -1,12 +1,13 @@
 """What is checked before training: everything that can be known then and would spoil or lose a run.
 
 `check` reads Megatron's parsed arguments and refuses by a ValueError that says what was wrong, what was found and what
-to do. It decides where the run starts (its own checkpoint, a parent's, the base's weights) and writes `run.json` beside
-the checkpoints: what fixes this run's results. Another run's folder is refused by that file.
+to do. It decides where the run starts (its own checkpoint, a parent's, the base's weights). `record` writes `run.json`
+beside the checkpoints: what fixes this run's results, and what computes them. Another run's folder is refused by it.
 """
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from argparse import Namespace
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infir2 import checkpoint, files, hf, receipts
+from infir2 import checkpoint, files, hf, receipts, schedule
 from infir2.checkpoint import CheckpointError, TorchDist
 from infir2.indexed import IndexedReader
 from infir2.precision import scale_format_of_recipe
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 FP8_TOKENS = 128
+SHAPE = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups padded_vocab_size seq_length "
+SHAPE += "max_position_embeddings"
+STEPS = "lr train_iters micro_batch_size global_batch_size"
+LENGTH = ("train_iters", "lr_decay_iters")  # what a run may go on beyond
 
 
 @dataclass(frozen=True)
@@ -42,21 +47,45 @@ class Start:
         return f"the weights of {self.folder}, iteration 0, fresh optimizer"
 
 
-def check(args: Namespace, stage: "Stage", backend: str, scale_fmt: str) -> Start:
-    """Check `args` on rank 0, before process groups exist. Says what the run starts from and writes `run.json`."""
+def check(args: Namespace, stage: "Stage", backend: str, scale_fmt: str) -> tuple[Start, dict[str, Any]]:
+    """Check `args` on rank 0, before process groups exist: what the run starts from, and what `record` will record."""
+    refuse_missing(args, f"{SHAPE} {STEPS}")
+    _check_schedule(args)
     shape = _check_model(args)
     if args.fp8 is not None:
         _check_fp8(args, shape, stage.tokens_per_micro_batch(args))
     _check_parallelism(args)
-    identity = {"stage": stage.name, **run_identity(args, backend, scale_fmt), **stage.data(args)}
     start = choose_start(args)
-    if start.folder is not None:
-        _check_start(args, start, identity)
+    identity = {"stage": stage.name, **run_identity(args, backend, scale_fmt), **stage.data(args)}
+    identity = json.loads(json.dumps(identity))
     if args.save is not None:
+        _refuse_another_run(Path(args.save), identity)
         _check_disk(args)
-        _record(Path(args.save), identity, start)
+    if start.folder is not None:
+        _check_start(args, start, identity, stage.updates(args))
     print(f"[infir2] starting from {start}", flush=True)
-    return start
+    return start, identity
+
+
+def refuse_missing(args: Namespace, names: str) -> None:
+    """ValueError for flags that have no default."""
+    if missing := [name for name in names.split() if getattr(args, name) is None]:
+        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ValueError(f"missing: {flags}; the scripts in scripts/ give all of them (DRY_RUN=1 prints a command)")
+
+
+def _check_schedule(args: Namespace) -> None:
+    """What Megatron's scheduler would refuse when the model is built."""
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
+        raise ValueError("--lr-decay-style WSD needs --lr-wsd-decay-iters, how many steps the decay takes")
+    low, high, init = args.min_lr or 0.0, args.lr, args.lr_warmup_init
+    if not 0 <= low <= high or init > high:
+        raise ValueError(
+            f"--min-lr {low:g} is not between 0 and --lr {high:g}, or --lr-warmup-init {init:g} is above it"
+        )
+    warmup, _, end = schedule.phases(vars(args))
+    if warmup >= end:
+        raise ValueError(f"the warmup takes {warmup:g} of {end:g} steps; take fewer --lr-warmup-iters, or more steps")
 
 
 # The model and its tokenizer
@@ -134,13 +163,23 @@ def shape_of_flags(args: Namespace) -> Shape:
         ffn=args.ffn_hidden_size,
         heads=args.num_attention_heads,
         kv_heads=args.num_query_groups,
-        head_size=args.kv_channels or args.hidden_size // args.num_attention_heads,
+        head_size=head_size(args),
         vocab=args.padded_vocab_size,
         tied=not args.untie_embeddings_and_output_weights,
         rope_base=args.rotary_base,
         norm_eps=args.layernorm_epsilon,
         max_positions=args.max_position_embeddings,
     )
+
+
+def head_size(args: Namespace) -> int:
+    """Megatron fills --kv-channels in later."""
+    if not args.kv_channels and args.hidden_size % args.num_attention_heads:
+        raise ValueError(
+            f"--hidden-size {args.hidden_size} is no multiple of --num-attention-heads {args.num_attention_heads}; "
+            "give the head size, --kv-channels"
+        )
+    return args.kv_channels or args.hidden_size // args.num_attention_heads
 
 
 # The data
@@ -163,6 +202,35 @@ def check_corpora(args: Namespace) -> dict[str, str]:
     return hashes
 
 
+def check_data_index(args: Namespace) -> int:
+    """For how many iterations the order of samples is made. Refuses a run that goes on beyond what that order holds."""
+    iterations = args.data_index_iters or args.train_iters
+    held, needed = _index_samples(args, iterations * args.global_batch_size), args.train_iters * args.global_batch_size
+    if needed > held:
+        raise ValueError(
+            f"the order of samples is made for {iterations} iterations of {args.global_batch_size} and ends after "
+            f"{held} samples, --train-iters {args.train_iters} needs {needed}: take {held // args.global_batch_size} "
+            "iterations at most (fewer DECAY_ITERS), or start a new run from the weights: --pretrained-checkpoint"
+        )
+    return iterations
+
+
+def _index_samples(args: Namespace, asked: int) -> int:
+    """How many samples Megatron's index holds when `asked` are asked for: whole epochs of one corpus; a blend holds no
+    more than was asked for. (megatron.core.datasets.gpt_dataset, 0.19.2)"""
+    words = args.train_data_path or args.data_path or ()
+    if len(words) != 1:
+        return asked
+    reader = IndexedReader(Path(words[0]))
+    lengths = reader.lengths()
+    if args.data_path:
+        parts = [float(part) for part in (args.split or "969,30,1").split(",")]
+        lengths = lengths[: round(parts[0] / sum(parts) * len(lengths))]
+    tokens = max(int(lengths.sum()), 1)
+    epochs = -(-(asked * args.seq_length + 1) // tokens)
+    return (epochs * tokens - 1) // args.seq_length
+
+
 def _data_prefixes(args: Namespace) -> list[Path]:
     words = [*(args.data_path or ()), *(args.train_data_path or ()), *(args.valid_data_path or ())]
     if not words and not args.mock_data and args.data_args_path is None and args.per_split_data_args_path is None:
@@ -181,8 +249,35 @@ def _check_tokenizer_hash(args: Namespace, manifest: Path) -> None:
 
 
 def choose_start(args: Namespace) -> Start:
-    """Decide what is loaded, and set `args` so that Megatron loads it.
+    """Decide what is loaded, and set `args` so that Megatron loads it and goes on by this command's schedule."""
+    start = _choose_start(args)
+    run = _run_of(start.folder) if start.resumes else {}
+    if run:
+        # What is recorded is compared with the flags; Megatron's own comparison would refuse a longer run.
+        args.override_opt_param_scheduler = not args.use_checkpoint_opt_param_scheduler
+    if getattr(args, "data_index_iters", 0) is None:
+        args.data_index_iters = data_index(_read_run(args.save) or run)
+    return start
 
+
+def _read_run(folder: Path | str | None) -> dict[str, Any]:
+    """The run.json in a run's folder; empty where there is none."""
+    path = Path(folder or "") / RUN_FILE
+    return json.loads(path.read_text()) if folder is not None and path.is_file() else {}
+
+
+def _run_of(iteration: Path) -> dict[str, Any]:
+    """The run.json of the run that saved this iteration's folder."""
+    return _read_run(iteration.parent)
+
+
+def data_index(run: dict[str, Any]) -> int | None:
+    """For how many iterations a run's order of samples was made."""
+    return run.get("data_index_iters") or run.get("train_iters")
+
+
+def _choose_start(args: Namespace) -> Start:
+    """
     A run's own checkpoints come first, so that the same command resumes; then `--load`, then `--pretrained-checkpoint`.
     One iteration's folder (`.../iter_0035000`) is accepted for both and read as its run's folder and `--ckpt-step`.
     """
@@ -238,8 +333,8 @@ def _start_from_load(args: Namespace, own: Path | None) -> Start:
     return Start(folder, resumes=not args.finetune and folder.name != checkpoint.RELEASE)
 
 
-def _check_start(args: Namespace, start: Start, identity: dict[str, Any]) -> None:
-    """The checkpoint that will be loaded is whole and fits this run."""
+def _check_start(args: Namespace, start: Start, identity: dict[str, Any], updates: int) -> None:
+    """The checkpoint that will be loaded is whole and fits this run, whose iterations have so many `updates`."""
     stored = TorchDist(start.folder)
     expected = {
         "embedding.word_embeddings.weight": [args.padded_vocab_size, args.hidden_size],
@@ -253,8 +348,7 @@ def _check_start(args: Namespace, start: Start, identity: dict[str, Any]) -> Non
     has_head = "output_layer.weight" in stored
     if has_head != args.untie_embeddings_and_output_weights:
         raise CheckpointError(f"{start.folder} has {'an own' if has_head else 'a tied'} output layer, the flags differ")
-    parent = start.folder.parent / RUN_FILE
-    run = json.loads(parent.read_text()) if parent.is_file() else {}
+    run = _run_of(start.folder)
     for name in ("rotary_base", "layernorm_epsilon"):  # no tensor shows these
         if run.get(name, identity[name]) != identity[name]:
             raise CheckpointError(
@@ -273,23 +367,67 @@ def _check_start(args: Namespace, start: Start, identity: dict[str, Any]) -> Non
                 f"{start.folder} holds the state of the {found} optimizer, this run has the {identity['optimizer']} "
                 f"one; start from its weights and masters instead: --pretrained-checkpoint {start.folder}"
             )
+        _check_continued_rate(start, run, identity, updates)
+        _check_same_order(start, run, identity)
+
+
+def _check_continued_rate(start: Start, run: dict[str, Any], identity: dict[str, Any], updates: int) -> None:
+    """The learning rate goes on where the parent, or this run so far, has it; and so do Adam's groups.
+
+    Megatron finds the state of a group of parameters by the group's highest and lowest rate.
+    """
+    names = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
+    wrong = [
+        f"{name} was {run[name]}, is {identity[name]}"
+        for name in names
+        if run.get(name, identity[name]) != identity[name]
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{start.folder} holds Adam's state of a run with other learning rates ({'; '.join(wrong)}); keep them, or "
+            f"start from its weights and masters: --pretrained-checkpoint {start.folder}"
+        )
+    if not run.keys() >= {"lr", "lr_decay_style", "train_iters"}:
+        return
+    iteration = int(start.folder.name.removeprefix("iter_"))
+    before, after = (schedule.learning_rate(one, iteration * updates) for one in (run, identity))
+    if not math.isclose(before, after, rel_tol=1e-6):
+        raise CheckpointError(
+            f"the learning rate would jump: at iteration {iteration} {start.folder.parent} has {before:.4g} "
+            f"({schedule.described(run)}), this run {after:.4g} ({schedule.described(identity)}); start where both are "
+            "equal, for a decay branch in the stable phase"
+        )
+
+
+def _check_same_order(start: Start, run: dict[str, Any], identity: dict[str, Any]) -> None:
+    """A run that goes on with its parent's data sees what the parent would have seen; the order is of a length."""
+    wanted, found = data_index(run), identity.get("data_index_iters")
+    same = all(_with_hashes(run).get(name) == _with_hashes(identity).get(name) for name in ("data", "seed"))
+    if found is not None and same and wanted != found:
+        raise CheckpointError(
+            f"the order of samples is made for {wanted} iterations in {start.folder.parent} and for {found} here: some "
+            f"would be seen twice, others never; pass --data-index-iters {wanted} (a decay script: "
+            f"PARENT_TRAIN_ITERS={wanted})"
+        )
 
 
 def _qkv_rows(args: Namespace) -> int:
-    head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
-    return (args.num_attention_heads + 2 * args.num_query_groups) * head_size
+    return (args.num_attention_heads + 2 * args.num_query_groups) * head_size(args)
 
 
 # What this run is
 
 
 def run_identity(args: Namespace, backend: str, scale_fmt: str) -> dict[str, Any]:
-    """What fixes a run's results; a resume must agree with all of it. Layout (TP, PP, DP) may change."""
+    """What fixes a run's results; a resume agrees with all of it, or is longer. Layout (TP, PP, DP) may change."""
     names = (
         "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups padded_vocab_size rotary_base "
         "layernorm_epsilon untie_embeddings_and_output_weights seq_length global_batch_size seed train_iters "
-        "lr min_lr lr_decay_style lr_wsd_decay_style lr_wsd_decay_iters lr_warmup_iters lr_warmup_fraction "
-        "weight_decay adam_beta1 adam_beta2 clip_grad bf16 fp8 fp8_recipe first_last_layers_bf16"
+        "lr min_lr decoupled_lr decoupled_min_lr lr_decay_style lr_decay_iters lr_wsd_decay_style lr_wsd_decay_iters "
+        "lr_warmup_iters lr_warmup_fraction lr_warmup_init weight_decay start_weight_decay end_weight_decay "
+        "weight_decay_incr_style adam_beta1 adam_beta2 adam_eps clip_grad calculate_per_token_loss eod_mask_loss "
+        "reset_position_ids reset_attention_mask attention_dropout hidden_dropout bf16 fp8 fp8_recipe "
+        "first_last_layers_bf16"
     )
     return {
         **{name: getattr(args, name) for name in names.split()},
@@ -310,21 +448,66 @@ def _precision_by_module(args: Namespace) -> str | None:
     return receipts.sha256_file(path)
 
 
-def _record(save: Path, identity: dict[str, Any], start: Start) -> None:
-    """Write run.json, or compare with the one that is there. A new one also says what the run began from."""
-    identity = json.loads(json.dumps(identity))
+def _refuse_another_run(save: Path, identity: dict[str, Any]) -> None:
+    """The run.json in `save`, if any, is of this run, or of this run when it was to be shorter."""
     path = save / RUN_FILE
-    if path.is_file():
-        found = json.loads(path.read_text())
-        wrong = [name for name in identity if found.get(name) != identity[name]]
-        if wrong:
-            lines = "; ".join(f"{name} was {found.get(name)}, is {identity[name]}" for name in wrong)
-            raise ValueError(f"{save} belongs to another run ({lines}); give this one another name")
+    if not path.is_file():
+        if checkpoint.complete_iterations(save):
+            raise ValueError(
+                f"{save} holds checkpoints without a {RUN_FILE}: not this program's run; take another folder"
+            )
         return
-    if checkpoint.complete_iterations(save):
-        raise ValueError(f"{save} holds checkpoints without a {RUN_FILE}: not this program's run; take another folder")
+    found = json.loads(path.read_text())
+    wrong = [
+        f"{name} was {found[name]}, is {value}"
+        for name, value in _with_hashes(identity).items()
+        if name in found and not _agrees(name, _with_hashes(found)[name], value)
+    ]
+    if wrong:
+        free = "" if checkpoint.complete_iterations(save) else f", or remove {path}: nothing is saved there"
+        raise ValueError(f"{save} belongs to another run ({'; '.join(wrong)}); give this one another name{free}")
+
+
+def _agrees(name: str, found: Any, wanted: Any) -> bool:
+    if name in LENGTH and found is not None and wanted is not None:
+        return wanted >= found
+    return found == wanted or (name == "data_index_iters" and found is None)
+
+
+def _with_hashes(run: dict[str, Any]) -> dict[str, Any]:
+    """What run.json holds, with the data's hash for its path where a receipt has it, and so wherever it lies."""
+    hashes = {**(run.get("data_manifests") or {}), **(run.get("prompt_data") or {})}
+
+    def content(word: Any) -> Any:
+        if isinstance(word, list):
+            return [content(one) for one in word]
+        if word in hashes:
+            return f"{hashes[word]}/{Path(word).name}"
+        return str(Path(word).resolve()) if isinstance(word, str) and "/" in word else word
+
+    result = {name: value for name, value in run.items() if name != "data_manifests"}
+    if "data" in run:
+        result["data"] = {name: content(value) for name, value in run["data"].items()}
+    if "sft_data" in run:
+        result["sft_data"] = hashes.get(run["sft_data"], run["sft_data"])
+    if "prompt_data" in run:
+        result["prompt_data"] = list(run["prompt_data"].values())
+    return result
+
+
+def record(save: Path, identity: dict[str, Any], arithmetic: dict[str, Any], start: Start) -> None:
+    """Write run.json: `identity`, `arithmetic` (what computes the results, which a later launch may change), and what
+    a new run began from. Says what differs from the launch before. To be called when nothing refuses any more."""
+    path = save / RUN_FILE
+    found = json.loads(path.read_text()) if path.is_file() else {"parent": _parent(start)}
+    before = {**found.get("arithmetic", {}), **{name: found[name] for name in LENGTH if name in found}}
+    now = {**arithmetic, **{name: identity[name] for name in LENGTH}}
+    changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if changed:
+        print(f"[infir2] unlike this run's last launch: {'; '.join(changed)}", flush=True)
     save.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, json.dumps(identity | {"parent": _parent(start)}, indent=1) + "\n")
+    parent = found.pop("parent", None)
+    files.write_text(path, json.dumps(found | identity | {"arithmetic": arithmetic, "parent": parent}, indent=1) + "\n")
 
 
 def _parent(start: Start) -> dict[str, Any] | None:
@@ -344,9 +527,7 @@ def _parent(start: Start) -> dict[str, Any] | None:
 def _check_disk(args: Namespace) -> None:
     """Room for one checkpoint: 14 bytes a parameter (BF16 weight, FP32 master and two moments), 12 without BF16."""
     existing = next(path for path in (Path(args.save).absolute(), *Path(args.save).absolute().parents) if path.exists())
-    layer = args.hidden_size * (
-        _qkv_rows(args) + 3 * args.ffn_hidden_size + args.num_attention_heads * args.kv_channels
-    )
+    layer = args.hidden_size * (_qkv_rows(args) + 3 * args.ffn_hidden_size + args.num_attention_heads * head_size(args))
     heads = 2 if args.untie_embeddings_and_output_weights else 1
     parameters = args.num_layers * layer + heads * args.padded_vocab_size * args.hidden_size
     needed = parameters * (14 if args.bf16 else 12)

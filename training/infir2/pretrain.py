@@ -25,12 +25,18 @@ class Pretraining(engine.Stage):
     def data(self, args: Namespace) -> dict[str, Any]:
         paths = {name: getattr(args, name) for name in ("data_path", "train_data_path", "valid_data_path", "split")}
         manifests = preflight.check_corpora(args)
-        return {"data": paths, "data_manifests": manifests, "data_index_iters": args.data_index_iters}
+        return {"data": paths, "data_manifests": manifests, "data_index_iters": preflight.check_data_index(args)}
 
     def datasets(self, sample_counts: tuple[int, int, int], vp_stage: int | None) -> tuple:
+        from megatron.training import get_args
+
         from infir2 import language_model
 
-        return language_model.build_datasets(sample_counts, vp_stage)
+        train, valid, test = language_model.build_datasets(sample_counts, vp_stage)
+        args = get_args()
+        if not (args.eval_iters or args.full_validation):  # Megatron's loader refuses a set of which nothing is read
+            return train, None, None
+        return train, valid, test
 
     def forward_step(self, data_iterator, model) -> tuple:
         from infir2 import language_model

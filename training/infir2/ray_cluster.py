@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import socket
 import sys
 import urllib.error
 import urllib.request
@@ -96,6 +97,18 @@ def answers(address: str, environment: Mapping[str, str]) -> bool:
             f"the Ray cluster at {address} runs Ray {theirs}, this environment has {ours}; start the cluster from this "
             "environment, or set RAY_ADDRESS to another one (RAY_ADDRESS=local: one of our own)"
         )
+    return True
+
+
+def listens(address: str) -> bool:
+    """Whether something listens at `host:port`; True for another form of address, which we cannot ask."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except OSError:
+        return False
     return True
 
 

@@ -23,6 +23,7 @@ import ipaddress
 import logging
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -40,12 +41,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from infir2.ray_cluster import Refusal, forwarded
+from infir2.ray_cluster import Refusal, forwarded, listens
 
 log = logging.getLogger("ray_launch")
 
 POLL_SECONDS = 0.2
 SETTLE_SECONDS = 0.5  # after a failure is seen: long enough to learn of an earlier one, whose consequence it may be
+CONNECT_SECONDS = 60  # a cluster that is there answers within a few; Ray itself would wait for ten minutes
 START_SECONDS = 300  # for actors to come up on busy nodes with slow file systems
 STOP_SECONDS = 10
 TAIL_LINES = 40
@@ -223,9 +225,11 @@ def session(workers: int, cpu: bool, store_bytes: int = 100 * 2**20) -> Iterator
 
 def _connect(address: str | None, options: dict[str, object]) -> None:
     """`ray.init`. Ray gives up on its own processes after 30 s, which a busy machine may need: it gets more tries."""
+    if address != "local":
+        return _join(address)
     for last in (False, False, True):
         try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            _init(address, options)
             return
         except Exception as error:  # Ray raises bare ones too; versions that differ are a RuntimeError that names both
             ray.shutdown()
@@ -233,8 +237,51 @@ def _connect(address: str | None, options: dict[str, object]) -> None:
             if "timed out during startup" in words and not last:
                 log.warning("Ray did not start within 30 s; trying again")
                 continue
-            hint = "" if "RAY_AUTH_MODE" in os.environ else "; if the cluster has a token, export RAY_AUTH_MODE=token"
-            raise Refusal(f"cannot use Ray at {address}: {words}{hint}") from None
+            raise Refusal(f"cannot start Ray: {words}") from None
+
+
+def _init(address: str, options: dict[str, object]) -> None:
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
+def _join(address: str) -> None:
+    """Join a cluster that must be there."""
+    if not listens(address):
+        raise Refusal(f"no Ray cluster listens at RAY_ADDRESS={address}; start it (docs/SFT.md), or unset RAY_ADDRESS")
+    hint = "" if "RAY_AUTH_MODE" in os.environ else "; if the cluster has a token, export RAY_AUTH_MODE=token"
+    try:
+        with _waiting(f"no Ray cluster answers at {address} within {CONNECT_SECONDS:g} s{hint}"):
+            _init(address, {})
+    except Exception as error:  # Ray raises bare ones too; versions that differ are a RuntimeError that names both
+        ray.shutdown()
+        raise Refusal(f"cannot use Ray at {address}: {' '.join(str(error).split())}{hint}") from None
+
+
+@contextlib.contextmanager
+def _waiting(refusal: str) -> Iterator[None]:
+    """For a wait in Ray's own code, during which no Python handler runs: a thread ends this program at a signal, and
+    with `refusal` after CONNECT_SECONDS. Nothing is there yet that would have to be ended."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+
+    def watch() -> None:
+        if not select.select([reader], [], [], CONNECT_SECONDS)[0]:
+            log.error("error: %s", refusal)
+            os._exit(2)
+        if number := os.read(reader, 1):
+            os._exit(128 + number[0])
+        os.close(reader)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        for number, handler in handlers.items():  # Ray has set its own
+            signal.signal(number, handler)
 
 
 def _own_options(folder: str, workers: int, cpu: bool, store_bytes: int) -> dict[str, object]:

@@ -50,6 +50,8 @@ class FineTuning(engine.Stage):
             raise ValueError("--use-dynamic-batch-size and --max-tokens-per-gpu go together; pass both or none")
         if args.use_dynamic_batch_size:
             args.micro_batch_size = 1  # Megatron then counts samples; how many share a micro-batch it is not told
+        if args.global_batch_size is None:
+            raise ValueError("missing: --global-batch-size, the samples of a step")
         samples = len(Samples(args.sft_data, "train"))
         if args.train_iters is None and args.num_epoch is not None:
             args.train_iters = args.num_epoch * samples // args.global_batch_size
@@ -89,6 +91,8 @@ class FineTuning(engine.Stage):
                     f"{args.sft_data} has ids up to {samples.manifest['vocab_size']}, the model's vocabulary only "
                     f"{args.padded_vocab_size} rows; prepare the data with the model's tokenizer"
                 )
+        if args.eval_iters:
+            _check_evaluation(args)
         manifest = receipts.sha256_file(args.sft_data / receipts.MANIFEST)
         return {"sft_data": str(args.sft_data), "data_manifests": {str(args.sft_data): manifest}}
 
@@ -126,6 +130,21 @@ class FineTuning(engine.Stage):
             ),
             "process_non_loss_data_func": packed_model.log_exact_match,
         }
+
+
+def _check_evaluation(args: Namespace) -> None:
+    """Every data-parallel rank has a sample in each evaluation."""
+    ranks = args.world_size // (args.tensor_model_parallel_size * args.context_parallel_size)
+    samples = len(Samples(args.sft_data, "valid"))
+    asked = {f"the validation set of {args.sft_data}": samples}
+    if args.eval_exact_match:
+        asked["--eval-exact-match"] = min(args.eval_exact_match, samples)
+    for what, count in asked.items():
+        if count < ranks:
+            raise ValueError(
+                f"{what} has {count} samples, fewer than the {ranks} data-parallel ranks: each evaluates at least one; "
+                "prepare the data with a larger --valid-fraction, ask for more, or leave it out"
+            )
 
 
 def _splits(args: Namespace) -> list[str]:

@@ -12,7 +12,8 @@ import shlex
 import sys
 from argparse import Namespace
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ class Trainer:
 
 
 class Trainers:
-    """All ranks, called as one."""
+    """All ranks, called as one. What they refuse before they are built is a Refusal, a failure afterwards is Lost."""
+
+    started = False
 
     def __init__(self, group: PlacementGroup, nodes: int, per_node: int, cpu: bool, logs: Path) -> None:
         resources = {"num_cpus": 1} if cpu else {"num_gpus": 1, "num_cpus": 0}
@@ -139,7 +142,6 @@ class Trainers:
         self.logs = [str(logs / f"trainer-{rank}.log") for rank in range(len(actors))]
 
     def prepare(self, words: list[str], folder: str) -> None:
-        """What rank 0 refuses is a Refusal."""
         variables = environments(self.places, ray.get(self.actors[0].free_port.remote()))
         ours = forwarded(os.environ)
         self._all(
@@ -148,6 +150,12 @@ class Trainers:
                 for actor, own, log in zip(self.actors, variables, self.logs, strict=True)
             ]
         )
+
+    def build(self) -> Namespace:
+        """From here on nothing is the fault of what was given: a failure ends the run."""
+        settings = self._all([actor.build.remote() for actor in self.actors])[0]
+        self.started = True
+        return settings
 
     def __getattr__(self, method: str):
         """Call a method of every rank; rank 0's answer."""
@@ -173,7 +181,9 @@ class Trainers:
 
     def _failure(self, rank: int, error: Exception) -> Exception:
         cause = getattr(error, "cause", None)
-        if isinstance(cause, ValueError | FileNotFoundError) or type(cause).__name__ == "DataError":
+        if not self.started and (
+            isinstance(cause, ValueError | FileNotFoundError) or type(cause).__name__ == "DataError"
+        ):
             return Refusal(str(cause))
         return lost(f"trainer {rank} on {self.places[rank]}", self.logs[rank], error)
 
@@ -197,13 +207,13 @@ def call(actors: list, method: str) -> list:
 class TransformersProcess:
     """The actor of a transformers engine."""
 
-    def start(self, folder: str, scale_fmt: str, environment: dict[str, str], log: str) -> str:
-        """Returns the engine's precision."""
+    def start(self, folder: str, scale_fmt: str, environment: dict[str, str], log: str) -> tuple[str, set[int]]:
+        """Returns the engine's precision, and the tokens that end a response."""
         become(log, environment, os.getcwd())
         from infir2.rl.transformers_engine import TransformersEngine
 
         self.engine = TransformersEngine(folder, scale_fmt)
-        return self.engine.precision
+        return self.engine.precision, self.engine.end
 
     def load(self, tensors: dict) -> None:
         self.engine.load(tensors)
@@ -233,7 +243,15 @@ class TransformersEngines:
         self.started = self.actor.start.remote(str(folder.resolve()), scale_fmt, environment, self.log)
 
     def wait(self) -> None:
-        self.precision = self._get(self.started)
+        """A folder that the engine refuses is a Refusal."""
+        try:
+            self.precision, self.stop = ray.get(self.started)
+        except RayTaskError as error:
+            if isinstance(error.cause, ValueError):
+                raise Refusal(str(error.cause)) from None
+            raise lost("the engine", self.log, error) from None
+        except RayActorError as error:
+            raise lost("the engine", self.log, error) from None
 
     def connect(self, trainers: Trainers) -> None:
         """Weights come through Ray."""
@@ -277,8 +295,6 @@ class TransformersEngines:
         try:
             return ray.get(reference)
         except (RayTaskError, RayActorError) as error:
-            if isinstance(getattr(error, "cause", None), ValueError):
-                raise Refusal(str(error.cause)) from None
             raise lost("the engine", self.log, error) from None
 
 
@@ -293,6 +309,7 @@ class SGLangEngines:
         self.flags += ["--mem-fraction-static", str(args.sglang_mem_fraction_static)]
         self.python = args.sglang_python
         self.own_scales = args.sglang_activation_scales == "sglang"
+        self.check_weights = args.check_weights
         server = ray.remote(sglang_engine.Server)
         if self.colocate:
             self.ranks = shared_gpus(trainers.places, self.gpus)
@@ -360,27 +377,41 @@ class SGLangEngines:
         if self.colocate:
             trainers.free_cache()
             self._each("resume_weights")
-        self.sent = trainers.send(self.precision == "fp8", True)
+        self.sent = trainers.send(self.precision == "fp8", self.check_weights)
         self._each("resume_kv" if self.colocate else "flush")
 
     def check(self, trainers: Trainers) -> None:
         """Lost unless every tensor of every engine is the trainers', bit for bit."""
-        from infir2.rl.sglang_weights import EngineError, compare
+        from infir2.rl.sglang_weights import compare
 
         for number, held in enumerate(self._all([actor.weights.remote(True) for actor in self.actors])):
             try:
                 compare(self.sent.digests, held)
-            except EngineError as error:
+            except ValueError as error:
                 raise Lost(f"engine {number}: {error}") from None
 
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        self.client.submit(requests, sampling)
+        with self._client_errors():
+            self.client.submit(requests, sampling)
 
     def next(self) -> Response:
-        return self.client.next()
+        with self._client_errors():
+            return self.client.next()
 
     def abort(self) -> list[Response]:
-        return self.client.abort()
+        with self._client_errors():
+            return self.client.abort()
+
+    @contextmanager
+    def _client_errors(self) -> Iterator[None]:
+        """What no engine answers ends the run; where one has ended, with that one's last lines."""
+        from infir2.rl.sglang_weights import EngineError
+
+        try:
+            yield
+        except EngineError as error:
+            self._each("check")
+            raise Lost(f"the engines: {error}") from None
 
     def close(self) -> None:
         if self.client is not None:

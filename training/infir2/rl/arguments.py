@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infir2 import engine, hf, packing, qwen2, receipts, serving
+from infir2.data.pipeline import json_object
 from infir2.rl import rewards
 from infir2.rl.grpo import Objective
 from infir2.rl.rollout import Plan, Sampling
@@ -24,6 +25,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--prompt-data", type=Path, help=".jsonl of prompts and labels (tools/prepare_data.py rl)")
     add("--input-key", default="prompt", help="field with the prompt, or its messages")
     add("--label-key", default="label", help="field with the right answer")
+    add(
+        "--apply-chat-template-kwargs",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="""variables for the chat template, such as '{"enable_thinking": false}'""",
+    )
     add("--rollout-shuffle", action="store_true", help="another order in each epoch")
     add("--rollout-max-prompt-len", type=int, default=2048, help="tokens; longer prompts are refused")
 
@@ -189,6 +197,11 @@ class ReinforcementLearning(engine.Stage):
             args.lr_decay_iters = args.num_rollout * (samples // args.global_batch_size)
         args.dataloader_type = "external"
         args.eval_iters = 0
+        # The controller writes to W&B; Megatron would open an empty run of its own in the last trainer.
+        args.rl_wandb_project, args.wandb_project = args.wandb_project, ""
+
+    def updates(self, args: Namespace) -> int:
+        return args.rollout_batch_size * args.n_samples_per_prompt // args.global_batch_size
 
     def tokens_per_micro_batch(self, args: Namespace) -> int:
         return packing.total_multiple(args.tensor_model_parallel_size, args.context_parallel_size)
@@ -204,7 +217,7 @@ class ReinforcementLearning(engine.Stage):
         names = (
             "n_samples_per_prompt rollout_batch_size rollout_max_response_len rollout_temperature dynamic_sampling "
             "over_sampling_batch_size rm_type custom_rm_path overlong_buffer_len eps_clip eps_clip_high use_tis "
-            "tis_clip tis_clip_low rollout_shuffle"
+            "tis_clip tis_clip_low rollout_shuffle apply_chat_template_kwargs input_key label_key"
         )
         return {
             "engine_precision": engine_precision(folder, scale_format()),

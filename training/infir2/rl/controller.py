@@ -15,9 +15,11 @@ import os
 import signal
 import sys
 import time
+import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +50,7 @@ class Inputs:
     """What a run reads before anything is started: prompts, and the processes that score."""
 
     def __init__(self, args: Namespace) -> None:
-        self.tokenizer = ChatTokenizer(args.tokenizer_model)
+        self.tokenizer = ChatTokenizer(args.tokenizer_model, args.apply_chat_template_kwargs)
         self.prompts = self._prompts(args, args.prompt_data, None)
         self.evaluations = {
             name: self._prompts(args, Path(path), args.eval_limit) for name, path in args.eval_prompt_data
@@ -68,14 +70,19 @@ class Run:
         self.decode = text_of(inputs.tokenizer)
         self.evaluations, self.rewards = inputs.evaluations, inputs.rewards
         self.source = rollout.Source(inputs.prompts, args.n_samples_per_prompt, args.seed, args.rollout_shuffle)
-        self.plan, self.sampling = rl_arguments.plan(args, args.seed), rl_arguments.sampling(args)
+        stop = in_words(engines.stop, inputs.tokenizer)
+        self.plan = replace(rl_arguments.plan(args, args.seed), stop=stop)
+        self.sampling = rl_arguments.sampling(args)
         self.objective = rl_arguments.objective(args)
         precise = engines.precision
         self.gate = rl_arguments.MAX_GEN_KL[precise] if args.max_gen_kl is None else args.max_gen_kl
         self.above_gate = 0
         self.folder = args.metrics_file.parent
         self.since, self.seconds = time.perf_counter(), dict[str, float]()  # of the step that is under way
-        log.info("%d prompts, engine in %s, gate on gen_kl_error %g", len(inputs.prompts), precise, self.gate)
+        log.info(
+            "%d prompts, engine in %s, gate on gen_kl_error %g, responses end at %s",
+            *(len(inputs.prompts), precise, self.gate, stop),
+        )
 
     # The algorithm
 
@@ -208,6 +215,11 @@ class Run:
         log.info("resuming after step %d: %d groups begun", iteration, self.source.begun)
 
 
+def in_words(tokens: Iterable[int], tokenizer: ChatTokenizer) -> str:
+    """Ids with their texts: "151643 <|endoftext|>, 151645 <|im_end|>"."""
+    return ", ".join(f"{token} {tokenizer.decode([token])}" for token in sorted(tokens))
+
+
 def text_of(tokenizer: ChatTokenizer):
     """A function from a response's tokens to its text, without the end-of-turn token; other special tokens stay."""
     end = tokenizer.special_tokens[tokenizer.end_of_turn]
@@ -251,7 +263,10 @@ def run(args: Namespace, inputs: Inputs, words: list[str]) -> None:
         settings = trainers.build()
         engines.connect(trainers)
         settings.metrics_file = args.metrics_file
-        Run(settings, inputs, trainers, engines).train()
+        try:
+            Run(settings, inputs, trainers, engines).train()
+        except (ValueError, OSError, DataError) as error:  # what was given is checked: this is no refusal of it
+            raise Lost(traceback.format_exc().strip()) from error
     finally:
         engines.close()
         for actor in trainers.actors:
@@ -275,7 +290,7 @@ def main() -> int:
     except (Refusal, ValueError, DataError, rewards.RewardError, FileNotFoundError) as error:
         log.error("error: %s", error)
         return 2
-    except (Lost, GapError, rollout.RolloutError) as error:
+    except (Lost, GapError, rollout.RolloutError, ray.exceptions.RayError) as error:
         log.error("error: %s. The same command resumes from the last checkpoint.", error)
         return 1
     return 0

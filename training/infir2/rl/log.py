@@ -6,6 +6,8 @@ A resumed run repeats the steps since its last checkpoint: their lines are cut o
 
 import json
 import logging
+import os
+import secrets
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,12 +57,27 @@ class StepLog:
         self._board = SummaryWriter(args.tensorboard_dir) if args.tensorboard_dir else None
         self._wandb = None
         if getattr(args, "rl_wandb_project", None):
-            import wandb
-
-            self._wandb = wandb.init(
-                project=args.rl_wandb_project, name=args.wandb_exp_name, dir=args.wandb_save_dir, resume="allow"
-            )
+            self._wandb = self._open_wandb()
         return self
+
+    def _open_wandb(self):
+        """The run at W&B; a resumed run goes on in it, by the id that scripts/lib/megatron.sh or we wrote down."""
+        import wandb
+
+        args, path = self.args, self.metrics_file.with_name("wandb_id")
+        if not path.is_file():
+            files.write_text(path, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+        folder = Path(args.wandb_save_dir or self.metrics_file.with_name("wandb"))
+        folder.mkdir(parents=True, exist_ok=True)
+        return wandb.init(
+            project=args.rl_wandb_project,
+            entity=args.wandb_entity or None,
+            name=args.wandb_exp_name or self.metrics_file.parent.name,
+            dir=str(folder),
+            id=path.read_text().strip(),
+            resume="allow",
+            config=vars(args),
+        )
 
     def __exit__(self, *_: object) -> None:
         self._metrics.close()

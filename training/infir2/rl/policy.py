@@ -202,7 +202,7 @@ class _Step:
         places = torch.from_numpy(places[mine]).cuda(non_blocking=True)
         logits = model(**arguments, packed_seq_params=packed)
         group = mpu.get_tensor_model_parallel_group() if mpu.get_tensor_model_parallel_world_size() > 1 else None
-        logprobs, entropy = TokenLogprobs.apply(logits[0], labels[0], self.temperature, group)
+        logprobs, entropy = TokenLogprobs.apply(logits.squeeze(0), labels.squeeze(0), self.temperature, group)
         trained = places >= 0
         at = places[trained]
         self.seen[at] = logprobs.detach()[trained]

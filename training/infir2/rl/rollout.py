@@ -27,6 +27,9 @@ from infir2.rl import grpo, rewards
 logger = logging.getLogger(__name__)
 
 
+TELLING_RESPONSES = 256  # cut ones, from which on that is no chance
+
+
 class RolloutError(Exception):
     """Generation cannot go on: what was found, and what to do."""
 
@@ -264,6 +267,7 @@ class Plan:
     overlong_buffer: int
     seed: int
     lag: int
+    stop: str = ""  # the tokens that end a response, in words
 
 
 def collect(
@@ -279,26 +283,36 @@ def collect(
     counts: Counter = Counter(stale_tokens=source.refresh(version, plan.lag))
     kept: list[Group] = []
     under_way: dict[int, Group] = {}  # by sample
+    open_requests: Counter = Counter()  # of each group's id
 
     def judge(group: Group) -> None:
         _score(group, source.prompts, score, decode, plan)
         counts["groups"] += 1
+        counts["ended"] += sum(sample.finish != "length" for sample in group.samples)
+        counts["differing"] += grpo.has_spread(group.scores)
         if plan.filter and not grpo.has_spread(group.scores):
             counts["all_right" if group.scores.min() >= 1 else "all_wrong"] += 1
         else:
             kept.append(group)
+        few = plan.filter and counts["groups"] * len(group.samples) < TELLING_RESPONSES  # the next may be other ones
+        if counts["groups"] >= plan.groups and not few and _all_truncated(counts):
+            raise RolloutError(_says_all_truncated(counts, plan))
 
     while source.finished and len(kept) < plan.groups:
         counts["left_over"] += 1
         judge(source.finished.popleft())
     while len(kept) < plan.groups:
-        outstanding = len({group.id for group in under_way.values()})
-        if len(kept) + outstanding < plan.groups:
+        if len(kept) + len(open_requests) < plan.groups:
             if counts["groups"] >= plan.rounds * plan.groups:
                 raise RolloutError(_hopeless(counts, len(kept), plan))
-            _begin(source.take(plan.over_sampling), engine, source.prompts, plan, sampling, under_way)
+            begun = source.take(plan.over_sampling)
+            _begin(begun, engine, source.prompts, plan, sampling, under_way)
+            open_requests.update(group.id for group in begun for sample in group.samples if sample.finish is None)
         response = engine.next()
         group = under_way.pop(response.id)
+        open_requests[group.id] -= 1
+        if not open_requests[group.id]:
+            del open_requests[group.id]
         _sample(group, response.id).add(response, version)
         counts["generated_tokens"] += len(response.tokens)
         if group.finished:
@@ -348,7 +362,22 @@ def _score(group: Group, prompts: Prompts, score, decode, plan: Plan) -> None:
             sample.reward += rewards.overlong_penalty(len(sample.tokens), plan.response, plan.overlong_buffer)
 
 
+def _all_truncated(counts: Counter) -> bool:
+    """No response ended by itself, and nothing can be learned from their scores."""
+    return not counts["ended"] and not counts["differing"]
+
+
+def _says_all_truncated(counts: Counter, plan: Plan) -> str:
+    return (
+        f"all responses of {counts['groups']} groups were cut at {plan.response} tokens, and no scores differ; the "
+        f"tokens that end a response are {plan.stop}. If the model ends its turns with another token, name it as "
+        "eos_token_id in generation_config.json of --hf-checkpoint; else raise --rollout-max-response-len"
+    )
+
+
 def _hopeless(counts: Counter, kept: int, plan: Plan) -> str:
+    if _all_truncated(counts):
+        return _says_all_truncated(counts, plan)
     return (
         f"{counts['groups']} groups gave only {kept} of the {plan.groups} whose samples' scores differ "
         f"({counts['all_right']} all right, {counts['all_wrong']} all wrong); look at the answers (rollouts.jsonl): "

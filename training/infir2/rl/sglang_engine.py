@@ -46,7 +46,7 @@ from infir2.processes import without_proxy
 from infir2.ray_launch import TAIL_LINES, Worker
 from infir2.rl import sglang_launch, sglang_weights
 from infir2.rl.rollout import Request, Response, Sampling
-from infir2.rl.sglang_weights import Digest, EngineError, call
+from infir2.rl.sglang_weights import Digest, EngineError, call, in_url
 
 log = logging.getLogger("sglang")
 
@@ -164,7 +164,7 @@ class Server(Worker):
         port, self._ended = self.free_port(), None
         self._tail.clear()
         self._released, self._weights = False, True
-        self.url = f"http://{host}:{port}"
+        self.url = f"http://{in_url(host)}:{port}"
         self.start(
             command(Path(self._model), host, port, **options),
             environment(self._gpus, self._activation_scales),
@@ -363,24 +363,6 @@ class Client:
         for failure in (found for found in left if isinstance(found, Exception)):
             raise failure
         return left
-
-    def health(self) -> dict[str, bool]:
-        """Whether each engine answers. It asks nothing that needs the GPU, so it may be called at any time."""
-
-        async def ask() -> list[bool]:
-            return await asyncio.gather(*(self._answers(engine) for engine in self._engines))
-
-        return dict(zip((engine.url for engine in self._engines), self._run(ask()), strict=True))
-
-    def replace(self, old_url: str, new_url: str) -> None:
-        """Use an engine, started anew and holding current weights, in place of one that died."""
-
-        async def swap() -> None:
-            place = [engine.url for engine in self._engines].index(old_url.rstrip("/"))
-            self._lose(self._engines[place])
-            self._engines[place] = _Engine(new_url.rstrip("/"))
-
-        self._run(swap())
 
     def close(self) -> None:
         async def end() -> None:

@@ -2,7 +2,7 @@
 
 Trainer's side: `WeightSender.send` takes (Hugging Face name, tensor) pairs, FP8 codes and scales included, packs them
 into buckets of one flat array each, and hands those to every engine: through CUDA IPC where trainer and engine share a
-GPU, through NCCL where they do not. `send_folder` is the last resort. An engine stores bytes; it never quantises.
+GPU, through NCCL where they do not. An engine stores bytes; it never quantises.
 
 Engine's side: `load` runs inside SGLang (`--custom-weight-loader infir2.rl.sglang_weights.load`). Through SGLang's own
 loader a wrong name is a line in a log, a missing tensor is nothing at all, and a BF16 tensor for an FP8 parameter of
@@ -25,7 +25,6 @@ import base64
 import http.client
 import json
 import math
-import os
 import pickle
 import shutil
 import socket
@@ -53,6 +52,11 @@ _FACTORS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # od
 
 class EngineError(RuntimeError):
     """An engine refused, failed or is gone: which one, and its own words."""
+
+
+def in_url(host: str) -> str:
+    """A host as a URL has it: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def call(url: str, path: str, body: Mapping | None = None, seconds: float = 60) -> Any:
@@ -396,7 +400,6 @@ class WeightSender:
     Engines either all share GPUs with trainers or all have their own. `device` is where buckets are made. With NCCL
     (no shared GPUs) rank 0 sends to all engines; `address` is its IP for them; NCCL_CUMEM_ENABLE=0 and
     NCCL_NVLS_ENABLE=0 must be set before its first collective, as SGLang sets them.
-    An engine that was started anew needs a new sender.
     """
 
     def __init__(
@@ -560,20 +563,12 @@ def join(address: str, port: int, rank: int, world: int, backend: str) -> dist.P
     """A rank of a process group beside the default one, as SGLang makes it: the same store, prefixes and names."""
     from torch.distributed import distributed_c10d as c10d
 
-    store, rank, world = next(c10d.rendezvous(f"tcp://{address}:{port}", rank, world, timeout=c10d.default_pg_timeout))
+    store, rank, world = next(
+        c10d.rendezvous(f"tcp://{in_url(address)}:{port}", rank, world, timeout=c10d.default_pg_timeout)
+    )
     store = c10d.PrefixStore(GROUP, store)
     group, _ = c10d._new_process_group_helper(
         world, rank, [], c10d.Backend(backend), store, group_name=GROUP, timeout=c10d.default_pg_timeout
     )
     c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
     return group
-
-
-def send_folder(engines: Sequence[Engine], folder: Path, seconds: float = 1800) -> None:
-    """Have every engine load a Hugging Face folder, which all of them must see under this path. One rank calls it."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a Hugging Face model folder")
-    body = {"model_path": os.path.abspath(folder), "load_format": "auto", "flush_cache": False}
-    with ThreadPoolExecutor(len(engines)) as pool:
-        for answer in [pool.submit(call, e.url, "/update_weights_from_disk", body, seconds) for e in engines]:
-            answer.result()
