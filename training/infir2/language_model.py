@@ -23,6 +23,20 @@ from infir2.speed import linear_cross_entropy
 BATCH = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 
 
+class StoredTokens(GPTDataset):
+    """Megatron's dataset with every stored token as it is: what lies in the .bin is what the model sees and learns.
+
+    Megatron takes the tokenizer's pad token for padding wherever it stands. Where that is the document end too (as of
+    Qwen2.5-Instruct), each document end would become token 0 and its label masked, and the first sample's mask would
+    stay in each worker for all later ones (Megatron-LM#1711, #2170). Here padding is an id that no stored token has.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._pad_token_id = -1
+        self.masks_and_position_ids_are_cacheable = False  # the first sample may be a padded one
+
+
 class FixedValidation(torch.utils.data.Dataset):
     """Repeats the first `period` samples of a dataset, so that every evaluation sees the same ones."""
 
@@ -49,7 +63,7 @@ def build_datasets(sample_counts, vp_stage: int | None = None):
     evaluation = args.eval_iters * args.eval_global_batch_size
     print_rank_0("> building the datasets")
     train_set, valid_set, test_set = BlendedMegatronDatasetBuilder(
-        GPTDataset, (train, evaluation, test), partial(_is_built_here, vp_stage), _dataset_config(args)
+        StoredTokens, (train, evaluation, test), partial(_is_built_here, vp_stage), _dataset_config(args)
     ).build()
     if valid_set is not None:
         valid_set = FixedValidation(valid_set, evaluation, valid)

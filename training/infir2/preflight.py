@@ -198,6 +198,7 @@ def check_corpora(args: Namespace) -> dict[str, str]:
             continue
         receipts.check_cheaply(prefix.parent)
         _check_tokenizer_hash(args, manifest)
+        _check_document_end(args, manifest)
         hashes[str(prefix)] = receipts.sha256_file(manifest)
     return hashes
 
@@ -243,6 +244,22 @@ def _check_tokenizer_hash(args: Namespace, manifest: Path) -> None:
     wanted = json.loads(manifest.read_text())["request"]["tokenizer"]
     if tokenizer.is_file() and receipts.sha256_file(tokenizer) != wanted:
         raise ValueError(f"{manifest.parent} was tokenised with another tokenizer than {tokenizer}; prepare it again")
+
+
+def _check_document_end(args: Namespace, manifest: Path) -> None:
+    """Megatron takes the tokenizer's eos for the document end where one of these flags makes it look for that."""
+    config = Path(args.tokenizer_model or "") / "tokenizer_config.json"
+    flags = [name for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss") if getattr(args, name)]
+    wanted = json.loads(manifest.read_text())["request"].get("eod_token")
+    if not flags or not wanted or not config.is_file():
+        return
+    eos = json.loads(config.read_text()).get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if eos != wanted:
+        raise ValueError(
+            f"--{flags[0].replace('_', '-')} looks for the tokenizer's eos, {eos}, and documents of {manifest.parent} "
+            f"end with {wanted}: leave the flag out, or prepare the data with --eod-token '{eos}'"
+        )
 
 
 # Where the run starts
