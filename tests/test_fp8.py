@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from infir2 import fp8
+from infir2 import cpu_quantisation, fp8
 from infir2.fp8 import BLOCK, COLUMN, E4M3, E5M2, ROW, SCALE_FORMATS, TENSOR, dequantize, fake_quantize, quantize
 
 TILES = (ROW, COLUMN, BLOCK, TENSOR)
@@ -137,9 +137,18 @@ def test_fake_quantize_is_dequantize_of_quantize(x, tile, fmt, scale_fmt, out_dt
     assert short.is_contiguous()
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def way(request, monkeypatch):
+    """Both ways to quantise on a CPU."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_quantisation, "available", lambda: False)
+    elif not cpu_quantisation.available():
+        pytest.skip("no C compiler here")
+
+
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)
 @pytest.mark.parametrize("amax", [1.0, 1.75, 1.7578125, 448.0, 3.3e-20, 5e30, 1e-38])
-def test_every_bf16_value_below_an_amax(amax, fmt):
+def test_every_bf16_value_below_an_amax(amax, fmt, way):
     """Pins every tie and every subnormal step: random numbers meet few of them."""
     every = torch.arange(0, 2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     limit = torch.tensor(amax, dtype=torch.bfloat16)
@@ -147,7 +156,33 @@ def test_every_bf16_value_below_an_amax(amax, fmt):
     x = torch.nn.functional.pad(below, (0, -len(below) % 127)).view(-1, 127)
     x = torch.cat([x, limit.expand(len(x), 1)], dim=1)
     assert_matches_oracle(x, ROW, fmt, "pow2")
-    assert_same_bits(fake_quantize(x, ROW, fmt=fmt), dequantize(*quantize(x, ROW, fmt=fmt), ROW, torch.bfloat16))
+    for tile, tiles in ((ROW, x), (COLUMN, x.t().contiguous()), (BLOCK, x.repeat(128, 1)[:256])):
+        for dtype in (torch.bfloat16, torch.float32):
+            wanted = dequantize(*quantize(tiles, tile, fmt=fmt), tile, dtype)
+            assert_same_bits(fake_quantize(tiles, tile, fmt=fmt, out_dtype=dtype), wanted)
+
+
+def test_compiled_quantisation_steps_aside(way):
+    """NaN, Inf, and tiles beyond the ordinary range, among ordinary ones. Pins a NaN that becomes a number, and a
+    result that is half of one way and half of the other."""
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for value in (torch.nan, torch.inf, 1e-38, 3e38, 0.0, -0.0):
+        for tile in (ROW, COLUMN, BLOCK):
+            tiles = x.clone()
+            tiles[130] = value
+            wanted = dequantize(*quantize(tiles, tile, check_finite=False), tile, torch.bfloat16)
+            found = fake_quantize(tiles, tile)
+            assert torch.equal(found.isnan(), wanted.isnan())
+            assert_same_bits(found.nan_to_num(0), wanted.nan_to_num(0))
+
+
+@pytest.mark.skipif(not cpu_quantisation.available(), reason="no C compiler here")
+def test_quantisation_is_compiled_where_it_can_be(monkeypatch):
+    """Pins a fast way that nobody takes."""
+    taken = []
+    monkeypatch.setattr(cpu_quantisation, "fake_quantize", lambda *words: taken.append(words))
+    fake_quantize(torch.ones(128, 256, dtype=torch.bfloat16), COLUMN)
+    assert len(taken) == 1
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)

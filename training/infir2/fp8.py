@@ -59,6 +59,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from infir2 import cpu_quantisation
+
 
 @dataclass(frozen=True)
 class Format:
@@ -155,12 +157,23 @@ def fake_quantize(
     """
     tiles = _checked_tiles(x, tile, scale_fmt, None)
     out_dtype = out_dtype or _work_dtype(x.dtype, scale_fmt)
+    if _is_compiled(x, tile, scale_fmt, out_dtype):
+        found = cpu_quantisation.fake_quantize(x.detach().contiguous(), tile, fmt, out_dtype)
+        if found is not None:
+            return found
     if not x.is_cuda:
         amax = _amax(tiles)
         if _in_ordinary_range(amax):
             return _untiled(_round_tiles(tiles, _scale(amax, tile, fmt, scale_fmt), fmt, scale_fmt, out_dtype), x.shape)
     codes, scale_inv = quantize(x, tile, fmt=fmt, scale_fmt=scale_fmt, check_finite=False)
     return dequantize(codes, scale_inv, tile, out_dtype)
+
+
+def _is_compiled(x: Tensor, tile: Tile, scale_fmt: str, out_dtype: torch.dtype) -> bool:
+    """Whether infir2.cpu_quantisation computes this."""
+    whole = tile is not TENSOR and x.shape[0] % tile[0] == x.shape[1] % tile[1] == 0
+    plain = x.dtype == torch.bfloat16 and out_dtype in (torch.bfloat16, torch.float32) and scale_fmt == "pow2"
+    return whole and plain and not x.is_cuda and cpu_quantisation.available()
 
 
 def scale_shape(shape: tuple[int, int], tile: Tile) -> tuple[int, int]:

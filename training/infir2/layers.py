@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from infir2 import fp8
+from infir2 import cpu_kernels, fp8
 from infir2.packing import context_parallel_index
 from infir2.precision import scale_format, scale_format_of_recipe
 
@@ -69,7 +69,13 @@ class Quantisation:
         return self._quantise(g, tile, self.gradient)
 
     def _quantise(self, x: Tensor, tile: tuple[int, int], fmt: fp8.Format) -> Tensor:
-        return fp8.fake_quantize(x, fp8.TENSOR if self.per_tensor else tile, fmt=fmt, scale_fmt=self.scale_fmt)
+        tile = fp8.TENSOR if self.per_tensor else tile
+        return fp8.fake_quantize(x, tile, fmt=fmt, scale_fmt=self.scale_fmt, out_dtype=_operand_dtype(x))
+
+
+def _operand_dtype(x: Tensor) -> torch.dtype | None:
+    """FP32 where BF16 products are computed in it: their operands need not be raised again. None: what holds them."""
+    return torch.float32 if x.dtype == torch.bfloat16 and cpu_kernels.chosen() == "fp32" else None
 
 
 class QuantisedMatmul(torch.autograd.Function):
