@@ -21,7 +21,7 @@ from tqdm import tqdm
 from infir2 import files
 from infir2.stop_tokens import stop_tokens
 
-BATCH = 128
+BATCH = 512
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
