@@ -38,12 +38,12 @@ from random import Random
 from infir2.indexed import DataError
 from infir2.receipts import building, reusable, tool_facts, write_manifest
 
-VERSION = 10  # raise it when the same request would give other bytes
+VERSION = 11  # raise it when the same request would give other bytes
 NUMBERS = range(10, 100)
 DIGITS = 3  # of every number in an answer's working: four numbers make 396 at most
 # By set, and by how many numbers a problem has: problems to train on. Held out are those of `HELD_OUT`.
 TRAIN = {
-    "stage1": {2: 2675, 3: 525},
+    "stage1": {2: 3136, 3: 64},
     "stage2": {2: 960, 3: 6240, 4: 8160},
     "rl1": {3: 512, 4: 1536},
     "rl2": {4: 2048},
