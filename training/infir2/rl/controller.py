@@ -76,6 +76,8 @@ class Run:
         self.folder = args.metrics_file.parent
         self.since, self.seconds = time.perf_counter(), dict[str, float]()  # of the step that is under way
         log.info("%d prompts, engine in %s, gate on gen_kl_error %g", len(inputs.prompts), precise, self.gate)
+        for form, count in inputs.prompts.asked_forms().items():
+            log.info("%d prompts ask for %s: answers are read there, and in boxes", count, form)
 
     # The algorithm
 
