@@ -9,7 +9,6 @@ Prints one JSON object: the model and, for each prompt, its greedy continuation.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
-        sys.exit(f"error: {args.model} is not a Hugging Face model folder: no config.json")
+        parser.error(f"{args.model} is not a Hugging Face model folder: it has no config.json")
     answers = generate(args.model, args.prompt, args.max_new_tokens, args.chat)
     print(json.dumps({"model": str(args.model), "answers": answers}, indent=1, ensure_ascii=False))
 

@@ -65,7 +65,7 @@ engine_args() {
     [[ $BACKEND == gpu ]] || return 0
     ENGINE_ARGS=(
         --rollout-num-gpus-per-engine "$ENGINE_GPUS" --sglang-mem-fraction-static "${ENGINE_MEMORY:-0.6}"
-        --sglang-arguments "${SGLANG_ARGS:-}"
+        --sglang-arguments="${SGLANG_ARGS:-}" # one word: its value may begin with a dash
     )
     if [[ -n ${SGLANG_PYTHON:-} ]]; then ENGINE_ARGS+=(--sglang-python "$SGLANG_PYTHON"); fi
     if [[ ${COLOCATE:-1} == 1 ]]; then

@@ -8,7 +8,7 @@ the last `\boxed{...}`, or in the form that the prompt asks for (FORMS), whichev
 import re
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LONGEST_ANSWER = 10_000  # characters; a longer answer is none
 
@@ -16,6 +16,7 @@ BOXED = re.compile(r"\\boxed\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character of the answer
 OPENING = re.compile(r"<think>\s*(?:</think>\s*)?$")
 EMPHASIS = " \t*_"
+ENDS = ("stop", "max_tokens", "tool_calls")  # of answers, in evalscope's words
 
 
 class Form(NamedTuple):
@@ -62,6 +63,30 @@ def after_thinking(turn: str) -> str:
     end."""
     after = turn.rpartition("</think>")[2]
     return "" if "<think>" in after else after
+
+
+def judged_text(text: str, opening: str, truncated: bool, thoughts_apart: bool) -> str:
+    """What evaluation judges of a response. `opening`: what the template wrote of its turn, where that is known.
+    `thoughts_apart`: thoughts that had an end were taken out of the text before. A response that was cut may be a
+    thought that the template opened: without an end of thoughts it has no answer."""
+    if thoughts_apart:
+        return after_thinking(text)
+    turn = opening + text
+    return "" if truncated and "</think>" not in turn else after_thinking(turn)
+
+
+def server_error(output: dict[str, Any]) -> str:
+    """Why evalscope's record of an answer is none of the model's, in words; empty where it is one. By itself evalscope
+    writes some refusals of a server down as answers, with the stop reasons model_length and content_filter."""
+    if output.get("error"):
+        return str(output["error"])
+    choices = output.get("choices")
+    if choices is None:
+        return ""
+    if not choices:
+        return "the server's answer has no choices"
+    reason = choices[0].get("stop_reason", "stop")
+    return "" if reason in ENDS else f"it ended by {reason!r}, not by {' or '.join(map(repr, ENDS))}"
 
 
 def find_answer(text: str, prompt: str = "") -> str | None:
