@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from eval_local import ROOT, CountingServer, write_lines, write_livecodebench
+from eval_local import ROOT, CountingServer, write_datasets
 
 
 @pytest.fixture(scope="session")
@@ -26,18 +26,9 @@ def checker(evalscope) -> Path:
 
 @pytest.fixture(scope="session")
 def datasets(tmp_path_factory) -> Path:
-    """A DATASET_LOCAL: 3 problems of each benchmark; LiveCodeBench has a fourth, outside of the window."""
+    """A DATASET_LOCAL."""
     folder = tmp_path_factory.mktemp("datasets")
-    for name in ("aime24", "aime25"):
-        write_lines(
-            folder / name / "test.jsonl", [{"problem": f"Find {n} + 3.", "answer": str(n + 3)} for n in range(3)]
-        )
-    wrong = {f"Incorrect Answer {n}": str(90 + n) for n in (1, 2, 3)}
-    write_lines(
-        folder / "gpqa/train.jsonl",
-        [{"Question": f"What is {n} + 1?", "Correct Answer": str(n + 1), **wrong} for n in range(3)],
-    )
-    write_livecodebench(folder / "lcb", ["2024-08-01", "2024-10-01", "2025-02-01", "2025-02-02"])
+    write_datasets(folder)
     return folder
 
 

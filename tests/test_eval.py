@@ -18,6 +18,7 @@ import pytest
 from eval_local import ROOT, CountingServer, write_lines, write_livecodebench
 
 from infir2 import serving
+from infir2.evaluation import answers
 from infir2.evaluation.benchmarks import BENCHMARKS, check
 from infir2.indexed import DataError
 from infir2.processes import GuardedProcess
@@ -170,6 +171,31 @@ def test_model_folder_is_refused(damage, text, tiny_model, tmp_path):
         serving.check_model(folder, "cpu", 0.65)
 
 
+@pytest.mark.parametrize(
+    ("end", "opening"),
+    [
+        ("", ""),
+        ("<think>\n", "<think>\n"),
+        ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("<think> is a tag", ""),
+    ],
+)
+def test_what_a_template_writes_of_the_turn(end, opening, tiny_model, tmp_path):
+    """Pins: a thought that the template opened, without end in the response, read as the answer."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    with (folder / "chat_template.jinja").open("a") as file:
+        file.write(end.replace("\n", "{{ '\\n' }}"))
+    assert serving.turn_opening(folder) == opening
+    for text, truncated, apart, judged in [
+        ("a 7", False, False, "" if opening == "<think>\n" else "a 7"),
+        ("a 7", True, False, "a 7" if "</think>" in opening else ""),
+        ("a 7", True, True, "a 7"),  # the server took the thoughts out
+        ("a</think>7", True, False, "7"),
+        ("<think>7", False, False, ""),
+    ]:
+        assert answers.judged_text(text, opening, truncated, apart).strip() == judged
+
+
 def test_greedy_needs_no_sampling_setting(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": 258}')
@@ -185,6 +211,9 @@ def test_datasets_are_counted(datasets):
 
 FOLDERS = {"aime24": "aime24", "aime25": "aime25", "gpqa": "gpqa", "livecodebenchv5": "lcb"}
 PROBLEM = {"problem": "Find 1 + 1.", "answer": "2"}
+OTHER = {"problem": "Find 1 + 2.", "answer": "3"}
+A1 = "Incorrect Answer 1"
+CHOICES = {"Question": "x", "Correct Answer": "a", A1: "b", "Incorrect Answer 2": "c", "Incorrect Answer 3": "d"}
 
 
 @pytest.mark.parametrize(
@@ -206,10 +235,28 @@ PROBLEM = {"problem": "Find 1 + 1.", "answer": "2"}
         ),
         ("livecodebenchv5", lambda folder: write_lines(folder / "test.jsonl", [PROBLEM]), "Found: test.jsonl"),
         ("livecodebenchv5", lambda folder: write_livecodebench(folder, ["2023-01-01"]), "none of 1 problems is from"),
+        (
+            "aime24",
+            lambda folder: write_lines(folder / "test.jsonl", [PROBLEM, OTHER, {**PROBLEM, "problem": "Find 1 +  1."}]),
+            "problem 3 is problem 1 again",
+        ),
+        ("aime24", lambda folder: write_lines(folder / "test.jsonl", [PROBLEM]), "it holds one problem"),
+        ("aime24", lambda folder: write_lines(folder / "test.jsonl", [[1]]), "line 1 is no JSON object"),
+        (
+            "gpqa",
+            lambda folder: write_lines(folder / "train.jsonl", [CHOICES, {**CHOICES, "Correct Answer": "b", A1: "a"}]),
+            "problem 2 is problem 1 again",
+        ),
+        (
+            "livecodebenchv5",
+            lambda folder: write_livecodebench(folder, ["2024-09-01"] * 2, same=True),
+            "problem 2 is problem 1 again",
+        ),
     ],
 )
 def test_dataset_of_another_form_is_refused(benchmark, make, text, tmp_path):
-    """With what was found and what is needed. Pins a server started for nothing, and a look at a hub."""
+    """With what was found and what is needed. Pins a server started for nothing, a look at a hub, and problems that the
+    report refuses, one alone or one twice, found when every answer had been paid for."""
     folder = tmp_path / "data"
     make(folder)
     with pytest.raises(DataError, match=f"(?s){text}"):
@@ -291,6 +338,65 @@ def test_interrupted_run_asks_for_what_is_missing(evalscope, aime, counting_serv
     other.http.shutdown()
 
 
+ASKED = ("--samples", str(SAMPLES), "--temperature", "0", "--concurrency", "4", "--max-tokens", "32")
+
+
+def asked(script: str, evalscope: Path, aime: Path, server: CountingServer, output: Path) -> tuple[int, str]:
+    """Status and messages of an evaluation by `server`, whose address has a slash at its end."""
+    settings = {"API_URL": f"{server.url}/", "MODEL_PATH": "any", "NAME": "one"}
+    process = start(script, evalscope, aime, output, *ASKED, **settings)
+    return process.wait(180), (output / f"{script}.err").read_text()
+
+
+def test_what_a_server_refuses_is_no_answer(evalscope, aime, counting_server, tmp_path):
+    """All refused ends with status 1, the server's words and no score. Pins: the text of a refusal (of a prompt that is
+    too long, say) scored as the answer, and an evaluation of a server that refused everything: 0.0 %, status 0.
+
+    The same server, well again but for two questions that it refuses once more, is asked for what is missing: these two
+    are asked for again, and the score is that of the answers."""
+    questions = [f"Find {n} + 7." for n in range(PROBLEMS)]
+    counting_server.refusals = dict.fromkeys(questions, float("inf"))
+    status, said = asked("aime24_eval", evalscope, aime, counting_server, tmp_path)
+    assert status == 1, said[-3000:]
+    assert "requests failed so far, the first with: http://" in said
+    assert "answered 400" in said
+    assert "maximum context length is 7 tokens" in said
+    assert not list(tmp_path.rglob("scores.json"))
+    assert not any(path.read_text() for path in tmp_path.rglob("predictions/**/*.jsonl"))
+
+    counting_server.refusals = dict.fromkeys(questions[:2], 1)
+    status, said = asked("aime24_eval", evalscope, aime, counting_server, tmp_path)
+    assert status == 0, said[-3000:]
+    assert "2 requests failed in pass 1" in said
+    assert len(counting_server.requests) == PROBLEMS * SAMPLES
+    right = sum(CountingServer.number(question) == index + 7 for index, question in enumerate(questions))
+    found = read_scores(tmp_path / "aime24/one/report", "aime24")
+    assert found["one"]["average"]["value"] == pytest.approx(right / PROBLEMS)
+
+
+def test_thoughts_and_line_separators(evalscope, aime, counting_server, tmp_path):
+    """Answers count after the end of thoughts alone, and may hold U+2028; run again, the evaluation is still finished.
+    Pins: a thought cut at the maximum of tokens whose last number fits; a finished evaluation called damaged."""
+
+    def reply(question: str) -> tuple[str, str]:
+        number = int(question.split()[1])
+        thought = f"thus\u2028\\boxed{{{number + 7}}}"
+        return [
+            (f"{thought}</think>So\u2028\\boxed{{{number + 7}}}.", "stop"),  # right
+            (thought, "length"),
+            (f"<think>{thought}", "stop"),
+            (f"{thought}</think>So\x85\\boxed{{{number}}}.", "stop"),
+        ][number % 4]
+
+    counting_server.reply = reply
+    for _ in range(2):
+        status, said = asked("aime24_eval", evalscope, aime, counting_server, tmp_path)
+        assert status == 0, said[-3000:]
+        found = read_scores(tmp_path / "aime24/one/report", "aime24")["one"]
+        assert found["average"]["value"] == pytest.approx(1 / 4)
+        assert len(counting_server.requests) == PROBLEMS * SAMPLES
+
+
 def folder_with(tmp_path: Path, predictions: str, reviews: str) -> evaluate.Model:
     model = evaluate.Model("one", "one", None, tmp_path / "one")
     for kind, text in (("predictions", predictions), ("reviews", reviews)):
@@ -307,6 +413,25 @@ def test_repair_drops_what_was_cut(tmp_path):
     kept = {path.parts[-3]: path.read_text() for path in model.work_dir.rglob("*.jsonl")}
     assert kept == {"predictions": '{"index": 0}\n{"index": 1}\n', "reviews": '{"index": 0}\n'}
     assert evaluate.answers(model) == 2
+
+
+def test_repair_drops_errors_and_keeps_line_separators(tmp_path):
+    """Pins: a server's refusal that was written down as an answer and stays one; an answer with U+2028 in it counted
+    twice, and refused as damaged."""
+    answer = '{"index": 0, "model_output": {"choices": [{"stop_reason": "stop"}]}, "text": "a\u2028b\x85"}\n'
+    errors = [
+        '{"index": 1, "model_output": {"choices": [{"stop_reason": "model_length"}]}}\n',
+        '{"index": 2, "model_output": {"choices": []}}\n',
+        '{"index": 3, "model_output": {"choices": [{"stop_reason": "unknown"}]}}\n',
+        '{"index": 4, "model_output": {"error": "gone"}}\n',
+    ]
+    reviews = "".join(f'{{"index": {index}, "text": "\u2028"}}\n' for index in range(5))
+    model = folder_with(tmp_path, answer + "".join(errors), reviews)
+    assert evaluate.answers(model) == 5
+    evaluate.repair(model)
+    assert evaluate.answers(model) == 1
+    kept = {path.parts[-3]: path.read_text() for path in model.work_dir.rglob("*.jsonl")}
+    assert kept == {"predictions": answer, "reviews": '{"index": 0, "text": "\u2028"}\n'}
 
 
 def test_damage_elsewhere_is_refused(tmp_path):
@@ -336,7 +461,7 @@ def test_folder_of_another_request_is_refused(change, tiny_model, aime, tmp_path
             file.seek(-1, os.SEEK_END)
             file.write(b"\x01")
     if change == "dataset":
-        write_lines(aime / "aime24/test.jsonl", [PROBLEM, PROBLEM])
+        write_lines(aime / "aime24/test.jsonl", [PROBLEM, OTHER])
     where = {"weights": "model.model.safetensors", "temperature": "temperature", "dataset": "dataset.test.jsonl"}
     with pytest.raises(DataError, match=f"what differs: .*{where[change]}"):
         prepare("0.7" if change == "temperature" else "0.5")

@@ -49,6 +49,9 @@ ATTEMPTS = {
     "connect": "socket.create_connection(('127.0.0.1', {port}), 2)",
     "see processes": "open('/proc/1/cmdline').read()",
     "take memory": "bytearray(2 << 30)",
+    "take memory in files without a name": "os.write(os.memfd_create('x'), bytes(1 << 20))",
+    "take memory that processes share": "assert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0",
+    "take memory of the kernel": "assert ctypes.CDLL(None).msgget(0, 0o1600) >= 0",
     "fill the disk": "[open(f'/tmp/{{n}}', 'wb').write(bytes(1 << 20)) for n in range(100)]",
 }
 
@@ -114,11 +117,14 @@ def alive(mark: str) -> list[int]:
         ("while True: pass", "time"),
         ("import os\nos.setsid()\nwhile True: pass", "time"),
         ("import signal\nfor n in range(1, 31):\n  n in (9, 19) or signal.signal(n, 1)\nwhile True: pass", "time"),
+        ("import os\nos.closerange(0, 256)\nwhile True: pass", "time"),
+        ("import os, time\nos.closerange(0, 256)\ntime.sleep(40)", "time"),
         ("import os\nwhile True: os.write(1, bytes(65536))", "output"),
     ],
 )
 def test_a_program_without_end_is_ended(program, exceeded):
-    """Also one that left its session, and one that ignores signals. Pins a killed parent whose program goes on."""
+    """Also one that left its session, one that ignores signals, and ones that close what they write to. Pins a killed
+    parent whose program goes on, and a time limit that ended with the output: such a program ran on without end."""
     mark = f"mark-{time.monotonic_ns()}"
     begin = time.monotonic()
     outcome = run(f"{program}  # {mark}", seconds=2, output=1 << 20)

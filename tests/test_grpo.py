@@ -71,6 +71,17 @@ def test_loss(objective, tokens):
 
 
 @pytest.mark.parametrize("objective", [PLAIN, TIS], ids=["plain", "tis"])
+@given(st.floats(-2000, 2000, width=32), st.floats(-2000, 2000, width=32), scores)
+def test_gradient_is_finite(objective, to_old, to_rollout, advantage):
+    """However far the policies are from each other. Pins: NaN at a log-ratio of 90, whose exponential is infinite."""
+    new = torch.zeros(1, requires_grad=True)
+    loss, _, _ = objective.loss(new, torch.tensor([-to_old]), torch.tensor([-to_rollout]), torch.tensor([advantage]))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(new.grad).all()
+
+
+@pytest.mark.parametrize("objective", [PLAIN, TIS], ids=["plain", "tis"])
 def test_gradient_is_the_policy_gradient(objective):
     """Where all ratios are 1, d loss / d new = -advantage x weight. Pins: a weight of new / rollout, through which a
     gradient flows; a clip that takes the gradient at a ratio of 1."""

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infir2.evaluation.answers import boxed_answer
 from infir2.rl import rewards
-from infir2.rl.rewards import RewardError, RewardPool, Sample, Why, boxed_answer, normalize, overlong_penalty
+from infir2.rl.rewards import RewardError, RewardPool, Sample, Why, normalize, overlong_penalty
 
 CUSTOM = """
 import os, time
@@ -155,6 +156,98 @@ def test_thoughts_are_not_judged(deepscaler, math_verify):
     assert [str(no_think(Sample("?", response, "72")).why) for response in responses] == [c, w, n, c, c, c, n, n]
 
 
+TURNS = ("", "<think>\n", "<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [  # of deepscaler, deepscaler-no-think and math-verify, for a turn that begins with each of TURNS
+        (r"\boxed{72}", "ncc nnn ccc"),
+        (r"<think>\boxed{72}", "nnn nnn nnn"),
+        (r"\boxed{1}</think>\boxed{72}", "ccc ccc ccc"),
+        (r"x</think>y<think>\boxed{72}", "nnn nnn nnn"),
+        ("the answer is 72", "nnc nnn nnc"),
+    ],
+)
+def test_thoughts_that_the_prompt_opens(response, expected):
+    """Whether a thought has ended is read from the whole turn. Pins: an answer found in a thought that the template
+    opened and the response did not end; one without answer because the template ended the thought; one in a second
+    thought."""
+    names = ("deepscaler", "deepscaler-no-think", "math-verify")
+    scorers = [rewards.find_reward(name) for name in names]
+    found = [[scorer(Sample("?", response, "72", opening=turn)).why[0] for scorer in scorers] for turn in TURNS]
+    assert " ".join(map("".join, found)) == expected
+
+
+@pytest.mark.parametrize("name", ["deepscaler", "deepscaler-no-think", "math-verify", "reasoning-gym:chain_sum"])
+@pytest.mark.parametrize("response", [r"</think>\boxed{72}", "</think>the answer is 72", r"</think>\boxed{72"])
+def test_truncated_is_never_right(name, response):
+    """Pins: a sentence cut after 72, of 720, that is rewarded."""
+    score = rewards.find_reward(name)(Sample("6 * 12?", response, "72", {}, truncated=True))
+    assert (score.reward, score.why) == (0, Why.TRUNCATED)
+
+
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n6 * 12?\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+GSM8K = """6 * 12? Let's think step by step and output the final answer after "####"."""
+TAGS = "6 * 12? Give your answer within <answer> </answer> tags."
+PLAIN = "6 * 12?\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "expected"),
+    [
+        (DAPO, "so\nAnswer: 72", "c"),
+        (DAPO, "so\nAnswer: $72$.", "c"),
+        (DAPO, "**Answer: 72**", "c"),
+        (DAPO, r"Answer: \boxed{72}", "c"),
+        (DAPO, "Answer: 71\nAnswer: 72", "c"),
+        (DAPO, "Answer: 72\nAnswer: 71", "w"),
+        (DAPO, r"\boxed{6} times 12 is" + "\nAnswer: 72", "c"),
+        (DAPO, "Answer: as follows\n" + r"\boxed{72}", "c"),
+        (DAPO, "Answer: 999 = 72", "w"),
+        (DAPO, "Answer: 71, 72", "w"),
+        (DAPO, "Answer:", "n"),
+        (DAPO, "72", "n"),
+        (GSM8K, "6 * 12 = 72\n#### 72", "c"),
+        (GSM8K, "#### 71", "w"),
+        (TAGS, "<answer>72</answer>", "c"),
+        (TAGS, "<answer> 71 </answer>", "w"),
+        (PLAIN, "#### 72 <answer>72</answer>", "n"),
+    ],
+)
+def test_form_that_the_prompt_asks_for(prompt, response, expected):
+    """Pins: 0 for each response to DAPO's own prompts, whatever it says, because nothing is boxed."""
+    for name in ("deepscaler", "deepscaler-no-think", "math-verify"):
+        for question, system in ((prompt, ""), ("6 * 12?", prompt)):
+            sample = Sample(question, f"</think>{response}", "72", system=system)
+            assert rewards.find_reward(name)(sample).why[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("the answer is 72", "c"),
+        ("The final answer is $72$. I hope it is correct.", "c"),
+        ("the answer is 7.2e1, no: the answer is: 72", "c"),
+        ("a number I like is 72", "n"),
+        ("so 71 + 1 = 72", "n"),
+        ("the answer is 72 or 71", "w"),
+        ("the answer is 72, or 71", "w"),
+        ("the answer is not 72", "w"),
+        ("the answer is 72 = 999", "w"),
+        ("the answer is 7.2", "w"),
+    ],
+)
+def test_unboxed_answers_of_math_verify(math_verify, response, expected):
+    """Only what is said to be the answer, alone. Pins: the last number of any text taken."""
+    (score,) = responses_scored(math_verify, [response])
+    assert score.why[0] == expected
+
+
 def test_labels_that_do_not_parse_are_counted(deepscaler, math_verify, caplog):
     """Pins a label that is missing being compared as the text None, and batches that stop at it."""
     for pool in (deepscaler, math_verify):
@@ -193,6 +286,12 @@ SAME = [  # for both rewards
     (r"(-\infty,3]", r"\left(-\infty, 3\right]"),
     (r"\{1,2\}", r"\{2, 1\}"),
     ("5", "x=5"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1/2 \\ 3 \end{pmatrix}", r"\begin{bmatrix} 0.5 \\ 3 \\ \end{bmatrix}"),
+    (r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt3}{2}"),
+    (r"\sqrt[3]{2}", "2^{1/3}"),
+    (r"5 \text{ km}", r"5\text{ km}"),
+    ("50%", "0.5"),
 ]
 SAME_TO_DEEPSCALER = [
     ("50", r"50\%"),  # the sign is taken off: a percentage is its number
@@ -204,6 +303,22 @@ SAME_TO_DEEPSCALER = [
     (r"\text{Yes}", "yes"),
     ("(A)", r"\text{(A)}"),
     ("2,3", "2, 3"),
+    ("5 km", "5 kilometers"),
+    ("5 cm^2", "5 square centimeters"),
+    ("60 km/h", r"60\text{ km per hour}"),
+    ("60", "60 km/h"),
+    (r"\$12.50", "12.5 dollars"),
+    ("1/2", "50%"),
+    ("1/2", "\u00bd"),
+    ("1.5", "1\u00bd"),
+    ("2/3", "2\u20443"),
+    (r"2\sqrt{3}", "2\u221a3"),
+    (r"\frac{\sqrt{3}}{2}", "\u221a3/2"),
+    (r"\sqrt{x+1}", "\u221a(x+1)"),
+    (r"\sqrt{3}", "sqrt(3)"),
+    (r"\sqrt[3]{2}", "\u221b2"),
+    ("x^2", "x\u00b2"),
+    (r"2\pi", "2\u03c0"),
 ]
 DIFFERENT = [
     ("72", "73"),
@@ -219,6 +334,29 @@ DIFFERENT = [
     ("x+1", "x-1"),
     ("5", "5x"),
     (r"2\sqrt{3}", r"3\sqrt{2}"),
+    ("5 km", "5 cm"),
+    ("5 cm", "5 cm^2"),
+    (r"5\text{ m}", r"5\text{ s}"),
+    (r"90^\circ", r"90\%"),
+    (r"\$5", "5 cents"),
+    ("0.5", r"0.5\%"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
+    ("34", "999 = 34"),
+    ("34", "33, 34"),
+    ("34", r"\{34\}"),
+    ("34", "[34]"),
+    ("34", r"34 \text{ or } 33"),
+    ("34", r"34 \text{ or 33}"),
+    ("34", "33 and 34"),
+    ("34", r"\pm 34"),
+    ("34", "33;34"),
+    ("34", r"33 \\ 34"),
+    ("34", "1 34"),
+    ("34", r"\text{not } 34"),
+    ("34", "x < 34"),
+    ("1/2", r"3 = \frac{1}{2}"),
+    ("x^2", "y = 7 = x^2"),
 ]
 DIFFERENT_TO_DEEPSCALER = [
     ("1/2", "2/4"),  # fractions must match exactly
@@ -231,12 +369,16 @@ DIFFERENT_TO_DEEPSCALER = [
     ("(1,234)", "1234"),  # a pair
     ("(1,2)", "[1,2]"),
     ("2,3", "3,2"),
+    ("(5 km,1)", "(5 cm,1)"),
+    ("1", r"1\%"),
+    ("23", "2\u00b3"),
 ]
 
 
 @pytest.mark.parametrize("name", ["deepscaler", "math_verify"])
 def test_same_and_different_answers(name, request):
-    """Pins answers that are marked wrong for their spelling, and wrong ones that pass."""
+    """Pins answers that are marked wrong for their spelling, and wrong ones that pass: in another unit (0.5 % for 0.5,
+    5 cm for 5 km), or with the label in an equation, a list or a choice."""
     pool = request.getfixturevalue(name)
     own = name == "deepscaler"
     same, different = SAME + own * SAME_TO_DEEPSCALER, DIFFERENT + own * DIFFERENT_TO_DEEPSCALER
@@ -270,7 +412,8 @@ def test_spellings_of_an_integer(number):
 
 PIECES = st.sampled_from(
     r"\frac \dfrac \text \text{ \left \right \{ \} \( \) \, \! \$ \% ^\circ ^{\circ} \sqrt \le \leq { } ( ) [ ] , . 0 "
-    r"00 1 12 000 / - + = x= cm degrees ^2 $ % \boxed{ \\ \ ~ ; : \mathrm{ \in".split(" ")
+    r"00 1 12 000 / - + = x= cm degrees ^2 $ % \boxed{ \\ \ ~ ; : \mathrm{ \in sqrt( \sqrt[3] km/h \pi ".split(" ")
+    + list("\u221a\u221b\u00bd\u00b2\u2044\u03c0")
 )
 LATEX = st.lists(st.one_of(PIECES, st.just(" ")), max_size=60).map("".join)
 
@@ -404,6 +547,19 @@ def test_right_answers_of_tasks(task):
         assert reward(sample).why is Why.CORRECT
         wrong = Sample(item["question"], r"so \boxed{7}", item["answer"], item["metadata"])
         assert reward(wrong).why is Why.WRONG
+
+
+@pytest.mark.parametrize("task", ["countdown", "n_queens", "sudoku"])
+def test_scorer_without_metadata(task):
+    """An error, and with it the right reward. Pins: an empty object in its place, with which some scorers raised and
+    some gave a right answer 0.01 and said nothing."""
+    import reasoning_gym
+
+    (item,) = reasoning_gym.create_dataset(task, size=1, seed=1)
+    reward, response = rewards.find_reward(f"reasoning-gym:{task}"), f"\\boxed{{{item['answer']} }}"
+    assert reward(Sample(item["question"], response, item["answer"], item["metadata"])).why is Why.CORRECT
+    with pytest.raises(ValueError, match="the scorer reads the item's metadata, and the prompt has none"):
+        reward(Sample(item["question"], response, item["answer"]))
 
 
 def test_scorer_that_raises():

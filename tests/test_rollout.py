@@ -20,16 +20,15 @@ PLAN = Plan(groups=3, over_sampling=5, filter=True, rounds=20, response=9, overl
 SAMPLING = Sampling(temperature=1.1)
 
 
-class FakePrompts:
+class FakePrompts(rollout.Prompts):
     """`count` prompts, each of tokens and with a label that no other one has."""
 
     def __init__(self, count: int) -> None:
         self.tokens = [[1000 + i] * (1 + i % 3) for i in range(count)]
         self.labels = [str(1000 + i) for i in range(count)]
         self.messages = [[{"role": "user", "content": f"prompt {i}"}] for i in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
+        self.metadata = [{"number": i} for i in range(count)]
+        self.openings = ["<think>\n"] * count
 
 
 class FakeEngine:
@@ -211,6 +210,65 @@ def test_hopeless():
     assert 12 <= source.begun <= 12 + PLAN.over_sampling
 
 
+def test_hopeless_says_why():
+    """The grounds are counted and a response is shown. Pins: a pointer to rollouts.jsonl, which was empty."""
+    source, engine = Source(FakePrompts(5), 2, 0, shuffle=True), FakeEngine(9)
+    engine.begin_step(0, 0)
+    with pytest.raises(RolloutError, match=r"Of their responses \d+ wrong; .* ends in '[0-2 ]+', its label is '10"):
+        collect(source, engine, all_with(0.0), decode, PLAN, SAMPLING, 0)
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_reward_that_fails_on_every_response(filtered):
+    """Ends the run after one step's groups, with what it raised. Pins: ten rounds and "too easy or too hard"; without
+    dynamic sampling training to the end on rewards of 0, status 0."""
+
+    def broken(samples):
+        scores = [Score(0.0, None, Why.ERROR, "KeyError: 'metadata'") for _ in samples]
+        return [Score(0.0, None, Why.TIMED_OUT), *scores[1:]]
+
+    source, engine = Source(FakePrompts(5), 2, 0, shuffle=True), FakeEngine(9)
+    engine.begin_step(0, 0)
+    with pytest.raises(RolloutError, match="failed on all of 6 responses, the first with: KeyError: 'metadata'"):
+        collect(source, engine, broken, decode, replace(PLAN, filter=filtered), SAMPLING, 0)
+
+
+def test_reward_that_fails_on_some_responses():
+    """Costs these alone. Pins: a run that ends for one label that the reward cannot read."""
+
+    def partly(samples):
+        if samples[0].label == "1000":
+            return [Score(0.0, None, Why.ERROR, "ValueError: the label") for _ in samples]
+        return score(samples)
+
+    source, engine = Source(FakePrompts(5), 4, 0, shuffle=False), FakeEngine(9)
+    engine.begin_step(0, 0)
+    assert len(collect(source, engine, partly, decode, PLAN, SAMPLING, 0).groups) == PLAN.groups
+
+
+def test_rewards_get_all_of_a_prompt():
+    """Its metadata, what its template wrote of the model's turn, its system message. Pins: metadata left out, so that
+    reasoning-gym's scorers gave 0; thoughts that the template opens read as answers."""
+    prompts = FakePrompts(5)
+    prompts.messages[3] = [{"role": "system", "content": "Write Answer: X."}, *prompts.messages[3]]
+    seen = []
+
+    def record(samples):
+        seen.extend(samples)
+        return score(samples)
+
+    engine = FakeEngine(9)
+    engine.begin_step(0, 0)
+    collect(Source(prompts, 4, 0, shuffle=False), engine, record, decode, PLAN, SAMPLING, 0)
+    assert len(seen) >= 4 * PLAN.groups
+    for sample in seen:
+        number = int(sample.label) - 1000
+        assert sample.prompt == f"prompt {number}"
+        assert sample.metadata == {"number": number}
+        assert sample.opening == "<think>\n"
+        assert sample.system == ("Write Answer: X." if number == 3 else "")
+
+
 def test_without_filter():
     """Every group is used, in the order of their ids. Pins: a filter that is always on."""
     source, engine = Source(FakePrompts(5), 2, 0, shuffle=False), FakeEngine(9)
@@ -294,6 +352,12 @@ def test_evaluate():
     def judge(samples):
         return [Score(float(s.response == s.label) - 2.0 * s.truncated, None, Why.CORRECT) for s in samples]
 
+    def failing(samples):
+        return [Score(0.0, None, Why.ERROR, "KeyError: 'metadata'") for _ in samples]
+
+    with pytest.raises(RolloutError, match="failed on all of 18 responses"):
+        rollout.evaluate(prompts, Echo(), failing, decode, 3, 4, SAMPLING, seed=1)
+    seeds.clear()
     found = rollout.evaluate(prompts, Echo(), judge, decode, 3, 4, SAMPLING, seed=1)
     assert found["scores"] == [[1.0, 1.0, -2.0]] * 6
     assert len(seeds) == 18
@@ -330,6 +394,18 @@ def test_prompts(tokenizer, tmp_path):
         "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n1 + 2<|im_end|>\n<|im_start|>assistant\n",
     ]
     assert len(prompts_of(path, tokenizer, limit=1)) == 1
+    assert prompts.openings == ["", ""]
+
+
+def test_prompts_carry_metadata_and_forms(tokenizer, tmp_path):
+    """Pins: an item's metadata left out; prompts whose form nobody is told."""
+    path = tmp_path / "prompts.jsonl"
+    asking = "The last line is of the form Answer: X. 1 + 1?"
+    records = [{"prompt": asking, "label": 2, "metadata": {"numbers": [1, 1]}}, {"prompt": "1 + 2", "label": "3"}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    prompts = prompts_of(path, tokenizer, longest=100)
+    assert prompts.metadata == [{"numbers": [1, 1]}, None]
+    assert prompts.asked_forms() == {"Answer: X": 1}
 
 
 @pytest.mark.parametrize(
@@ -342,6 +418,7 @@ def test_prompts(tokenizer, tmp_path):
         ('{"prompt": "1 + 1", "label": ""}', "line 2: .*label"),
         ('{"prompt": "1 + 1", "label": null}', "line 2: .*label"),
         ("[1]", "line 2: TypeError"),
+        ('{"prompt": "1 + 1", "label": "2", "metadata": "{}"}', "line 2: TypeError: metadata is a str, not an object"),
         ('{"prompt": "1 +', "line 2: JSONDecodeError"),
         (json.dumps({"prompt": "9 + " * 50, "label": "2"}), r"1 prompts of .* longer than 40 .* line 2 \(\d+\)"),
     ],

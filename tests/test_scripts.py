@@ -249,6 +249,8 @@ def test_rl_engines_apart():
     assert words[words.index("--rollout-num-gpus") + 1] == "8"
     assert "--colocate" not in words
     assert "--overlap-param-gather" not in words
+    words = sft_argv("InfiR2_RL_FP8_7B_stage1_4node", SGLANG_ARGS="--disable-cuda-graph")
+    assert "--sglang-arguments=--disable-cuda-graph" in words  # apart, the parser would take it for a flag
     job = sft_argv("InfiR2_RL_FP8_7B_stage1_4node", RAY_ADDRESS="http://head:8265", SUBMISSION_ID="one")
     assert job[job.index("--") + 1 :] == sft_argv("InfiR2_RL_FP8_7B_stage1_4node")
 

@@ -4,31 +4,31 @@
     python tools/answer_accuracy.py --model FP8=exp/A --model BF16=exp/B --problems easy=test.jsonl --output FILE.json
 
 Problems are conversations (`messages`: a question; what follows it is not shown to the model) with the right `label`.
-An answer is what stands in the last \\boxed{...} of the model's response; it counts if it equals the label, letter for
-letter. Each model gets the question through its own chat template, with room for as many tokens as --max-new-tokens.
+An answer is what stands in the last \\boxed{...} of the model's response, its thoughts left out; it counts if it equals
+the label, letter for letter. Each model gets the question through its own chat template, with room for as many tokens
+as --max-new-tokens.
 
 FILE.json holds, by model and set of problems, every answer and whether it is right. Prints the shares.
 """
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from infir2 import files
+from infir2.evaluation.answers import after_thinking, boxed_answer
+from infir2.files import json_lines, write_text
 from infir2.stop_tokens import stop_tokens
 
 BATCH = 512
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 def read_problems(path: Path) -> list[tuple[str, str]]:
     """Questions and labels; ValueError names the line that has none."""
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(json_lines(path), 1):
         try:
             record = json.loads(line)
             question = next(m["content"] for m in record["messages"] if m["role"] == "user")
@@ -38,12 +38,6 @@ def read_problems(path: Path) -> list[tuple[str, str]]:
     if not problems:
         raise ValueError(f"{path} holds no problems")
     return problems
-
-
-def boxed_answer(response: str) -> str | None:
-    """What stands in the last \\boxed{...}; None without one."""
-    found = BOXED.findall(response)
-    return found[-1].strip() if found else None
 
 
 def respond(model_dir: Path, questions: list[str], max_new_tokens: int, label: str) -> list[str]:
@@ -85,7 +79,7 @@ def measure(models: dict[str, Path], sets: dict[str, Path], max_new_tokens: int,
         found["models"][model] = {}
         for name, chosen in problems.items():
             responses = respond(folder, [question for question, _ in chosen], max_new_tokens, f"{model}, {name}")
-            answers = [boxed_answer(response) for response in responses]
+            answers = [boxed_answer(after_thinking(response)) for response in responses]
             right = [answer == label for answer, (_, label) in zip(answers, chosen, strict=True)]
             found["models"][model][name] = {"answers": answers, "right": right}
             print(f"{model}, {name}: {sum(right)} of {len(right)} right ({sum(right) / len(right):.1%})", flush=True)
@@ -113,7 +107,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    files.write_text(args.output, json.dumps(found))
+    write_text(args.output, json.dumps(found))
     return 0
 
 

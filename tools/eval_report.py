@@ -33,11 +33,13 @@ import yaml
 from tqdm import tqdm
 
 from infir2.evaluation import scores
+from infir2.evaluation.answers import server_error
 from infir2.evaluation.scores import Estimate
+from infir2.files import json_lines
 from infir2.indexed import DataError
 from infir2.receipts import building, read_manifest, sha256_file
 
-TRUNCATED = ("max_tokens", "model_length")  # evalscope's words for the finish reason `length`
+TRUNCATED = "max_tokens"  # evalscope's word for the finish reason `length`
 CLEAN_ACTIONS = ("drop", "fail")  # of prepare_data.py: what it found is not in the data
 SAME_SETTINGS = ("max_tokens", "temperature", "top_p", "top_k", "stop", "stop_seqs")
 MINUS = "\N{MINUS SIGN}"
@@ -140,7 +142,7 @@ def _records(path: Path) -> dict[int, dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path} is missing: answers were not reviewed. Run the evaluation again with --use-cache.")
     found: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(json_lines(path, errors="replace"), 1):
         try:
             record = json.loads(line)
             index = record["index"]
@@ -192,9 +194,9 @@ def _read_result(pairs: list[tuple[Path, Path]]) -> Result:
 
 def _answer(subset: str, prediction: dict[str, Any], review: dict[str, Any]) -> _Answer:
     scored, output = review["sample_score"], prediction["model_output"]
-    if output.get("error") or scored["score"]["status"] != "success":
+    if (failure := server_error(output)) or scored["score"]["status"] != "success":
         raise DataError(
-            f"{subset}, index {review['index']} has no score: {output.get('error') or scored['score']['status']}. "
+            f"{subset}, index {review['index']} has no score: {failure or scored['score']['status']}. "
             "Remove it from predictions and reviews, and run the evaluation again with --use-cache."
         )
     prompt = "\n".join(_text(message["content"]) for message in review["messages"] if message["role"] != "assistant")
@@ -206,7 +208,7 @@ def _answer(subset: str, prediction: dict[str, Any], review: dict[str, Any]) -> 
         group=(subset, scored["group_id"]),
         generation=scored["generation_index"],
         right=_zero_or_one(scored["score"], f"{subset}, index {review['index']}"),
-        truncated=choice["stop_reason"] in TRUNCATED,
+        truncated=choice["stop_reason"] == TRUNCATED,
         invalid=not (scored["score"]["extracted_prediction"] or "").strip(),
         tokens=usage.get("output_tokens") or None,
         characters=len(_text(choice["message"]["content"])),

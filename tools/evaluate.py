@@ -21,20 +21,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infir2 import serving
+from infir2.evaluation.answers import server_error
 from infir2.evaluation.benchmarks import BENCHMARKS, Benchmark, check
-from infir2.files import write_text as write
+from infir2.files import json_lines, write_text
 from infir2.indexed import DataError
 from infir2.processes import GuardedProcess, exit_on_signals, without_proxy
 from infir2.receipts import sha256_file
 from infir2.serving import Server, ServerError
 
 ROOT = Path(__file__).resolve().parents[1]
+REPORT = "report"  # folder of reports
 REQUEST_SECONDS = 18_000  # a long answer on a busy server
 SERVED_FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")
 
@@ -67,11 +69,11 @@ class Model:
 
 
 def make_task(args: argparse.Namespace, model: Model) -> dict[str, Any]:
-    """evalscope's TaskConfig, without the server's address."""
+    """evalscope's TaskConfig, without the server's address, and for run_evalscope.py what the model's chat template
+    writes of its turn; of a server that somebody else runs that is not known."""
     benchmark = BENCHMARKS[args.benchmark]
     dataset = {
         "local_path": str(args.dataset.resolve()),
-        "filters": {"remove_until": "</think>"},
         **benchmark.arguments,
     }
     if args.system_prompt is not None:
@@ -94,6 +96,7 @@ def make_task(args: argparse.Namespace, model: Model) -> dict[str, Any]:
         "eval_batch_size": args.concurrency,
         "work_dir": str(model.work_dir),
         "no_timestamp": True,
+        "turn_opening": serving.turn_opening(model.folder) if model.folder else "",
     }
 
 
@@ -132,8 +135,8 @@ def open_folder(model: Model, task: dict[str, Any], request: dict[str, Any]) -> 
         if model.output.is_dir() and model.work_dir.exists():
             raise DataError(f"{model.work_dir} was not made by this program. Choose another OUTPUT or NAME.")
         model.output.mkdir(parents=True, exist_ok=True)
-        write(record, json.dumps(request, indent=1, ensure_ascii=False))
-    write(model.task_file, json.dumps(task, indent=1, ensure_ascii=False))
+        write_text(record, json.dumps(request, indent=1, ensure_ascii=False))
+    write_text(model.task_file, json.dumps(task, indent=1, ensure_ascii=False))
 
 
 def _differences(before: Any, after: Any, name: str = "") -> Iterator[str]:
@@ -145,36 +148,43 @@ def _differences(before: Any, after: Any, name: str = "") -> Iterator[str]:
 
 
 def repair(model: Model) -> None:
-    """Make what a killed run left fit to be continued: drop lines that were cut, and reviews of answers that were."""
+    """Make what a killed run left fit to be continued: drop lines that were cut, errors of a server in an answer's
+    place, and reviews of what is dropped."""
     for predictions in sorted((model.work_dir / "predictions" / model.name).glob("*.jsonl")):
-        indices = _drop_cut_line(predictions)
+        indices = _keep(predictions, lambda record: not server_error(record.get("model_output") or {}))
         reviews = model.work_dir / "reviews" / model.name / predictions.name
-        if reviews.is_file() and not _drop_cut_line(reviews) <= indices:
-            lines = reviews.read_text("utf-8").splitlines(keepends=True)
-            write(reviews, "".join(line for line in lines if json.loads(line)["index"] in indices))
+        if reviews.is_file():
+            _keep(reviews, lambda record, indices=indices: record["index"] in indices)
 
 
-def _drop_cut_line(path: Path) -> set[int]:
-    """The indices in a file of evalscope, whose last line is removed if it was cut. Refuses other damage."""
-    indices = set()
-    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> set[int]:
+    """Remove the lines of a file of evalscope that are not wanted, and the last one if it was cut; returns the indices
+    of the others. Refuses other damage."""
+    lines, cut = json_lines(path, errors="replace"), not path.read_bytes().endswith(b"\n")
+    kept: dict[int, str] = {}
     for number, line in enumerate(lines, 1):
+        last = number == len(lines)
         try:
-            if not line.endswith("\n"):
+            if last and cut:
                 raise ValueError("no end of line")
-            indices.add(json.loads(line)["index"])
-        except (ValueError, LookupError, TypeError):
-            if number < len(lines):
+            record = json.loads(line)
+            if wanted(record):
+                kept[record["index"]] = line
+            else:
+                log.warning("%s, line %d is dropped: no answer of the model, or a review of none", path, number)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            if not last:
                 raise DataError(f"{path}, line {number} is damaged. Remove that line and run again.") from None
             log.warning("%s ended in the middle of a line, which is dropped: its answer is asked for again", path)
-            write(path, "".join(lines[:-1]))
-    return indices
+    if len(kept) < len(lines):
+        write_text(path, "".join(f"{line}\n" for line in kept.values()))
+    return set(kept)
 
 
 def answers(model: Model) -> int:
     """How many answers are there."""
     files = (model.work_dir / "predictions" / model.name).glob("*.jsonl")
-    return sum(len(path.read_text("utf-8").splitlines()) for path in files)
+    return sum(len(json_lines(path)) for path in files)
 
 
 # Asking and scoring
@@ -223,7 +233,7 @@ def serve_and_ask(args: argparse.Namespace, what: Sequence[str], models: Sequenc
             evalscope_process(args, ["--address", str(address), *what], models) as evalscope,
             serving.serving(server(args), folders, sampling(args), log_file) as (url, process),
         ):
-            write(address, url)
+            write_text(address, url)
             await_end(evalscope, process, log_file)
 
 
@@ -263,7 +273,7 @@ def await_end(evalscope: GuardedProcess, server: GuardedProcess | None = None, l
 
 
 def report_folder(args: argparse.Namespace, models: Sequence[Model]) -> Path:
-    return (models[0].output if len(models) == 1 else models[0].output.parent) / "report"
+    return (models[0].output if len(models) == 1 else models[0].output.parent) / REPORT
 
 
 def report_command(args: argparse.Namespace, models: Sequence[Model]) -> list[str]:
@@ -295,16 +305,24 @@ def find_models(args: argparse.Namespace) -> list[Model]:
         if not args.model:
             raise DataError("no model: name one with --model NAME=FOLDER, or a server with --api-url")
         found = [Model(name, str(folder.resolve()), folder.resolve(), output / name) for name, folder in args.model]
-        for model in found if not args.dry_run else ():
+        for model in found:
             serving.check_model(model.folder, args.backend, args.temperature)
         return found
     if args.dry_run and not args.model:
         return [Model("MODEL", "MODEL", None, output / "MODEL")]
-    pairs = args.model or [(Path(name := serving.only_model(args.api_url, args.api_key)).name, name)]
+    pairs = args.model or [_only_model(args)]
     found = [Model(name, str(served), None, output / name) for name, served in pairs]
     for model in found if not args.dry_run else ():
         serving.check_running(args.api_url, model.served, sampling(args), args.api_key)
     return found
+
+
+def _only_model(args: argparse.Namespace) -> tuple[str, str]:
+    served = serving.only_model(args.api_url, args.api_key)
+    try:
+        return check_name(Path(served).name), served
+    except ValueError as error:
+        raise DataError(f"the server's model: {error}. Name it: --model NAME={served}.") from None
 
 
 def show(args: argparse.Namespace, models: Sequence[Model]) -> None:
@@ -321,15 +339,28 @@ def show(args: argparse.Namespace, models: Sequence[Model]) -> None:
         print(f"{model.task_file}:\n{json.dumps(make_task(args, model), indent=1, ensure_ascii=False)}")
 
 
+def check_name(name: str) -> str:
+    """Refuse (ValueError) a name that cannot be a model's folder beside the reports."""
+    if not name or "/" in name or name.startswith(".") or name.lower() == REPORT:
+        raise ValueError(f"{name!r} cannot be the folder of a model ({REPORT!r} is the report's)")
+    return name
+
+
 def named(text: str) -> tuple[str, Path]:
     name, equals, folder = text.partition("=")
-    if not (name and equals and folder) or "/" in name or name.startswith("."):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER, with a NAME that can be a folder's")
-    return name, Path(folder)
+    try:
+        if equals and folder:
+            return check_name(name), Path(folder)
+        raise ValueError("no name, or no folder")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=FOLDER, with a NAME that can be a folder's: {error}. Choose another NAME."
+        ) from None
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--benchmark", choices=list(BENCHMARKS), required=True)
     add("--dataset", type=Path, required=True, help="folder of the benchmark's problems")
@@ -341,7 +372,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, required=True)
     add("--system-prompt", help="the benchmark's own in evalscope otherwise")
     add("--prompt-template", help="of the user's message; {question} is the problem; evalscope's own otherwise")
-    add("--concurrency", type=int, default=0, help="requests at once (128 on GPUs, 32 on a CPU)")
+    add("--concurrency", type=int, default=0, help="requests at once (128; 32 to a CPU of ours)")
     add("--backend", choices=["gpu", "cpu"], default="cpu", help="SGLang or transformers serve")
     add("--tensor-parallel", type=int, default=1, metavar="GPUS")
     add("--server-args", default="", help="more of the server's arguments, as one word")
@@ -351,10 +382,11 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add("--evalscope", default=str(ROOT / ".venv-eval/bin/python"), help="the Python that has evalscope")
     add("--trained-on", type=named, action="append", default=[], metavar="NAME=DIR", help="as for eval_report.py")
     add("--mark-overlap", action="store_true", help="as for eval_report.py")
-    add("--dry-run", action="store_true", help="print the commands and evalscope's task")
+    add("--dry-run", action="store_true", help="check, and print the commands and evalscope's task")
     args = parser.parse_args(words)
     args.trained_on = [f"{name}={folder}" for name, folder in args.trained_on]
-    args.concurrency = args.concurrency or (128 if args.backend == "gpu" else 32)
+    args.api_url = args.api_url.strip().rstrip("/").removesuffix("/chat/completions")
+    args.concurrency = args.concurrency or (32 if args.backend == "cpu" and not args.api_url else 128)
     args.api_key = os.environ.get("API_KEY") or "EMPTY"
     names = [name for name, _ in args.model]
     if len(set(names)) != len(names):
@@ -369,11 +401,11 @@ def main(words: list[str] | None = None) -> int:
     direct = [os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, direct))
     try:
-        if args.dry_run:
-            show(args, find_models(args))
-            return 0
         check(BENCHMARKS[args.benchmark], args.dataset)
         models = find_models(args)
+        if args.dry_run:
+            show(args, models)
+            return 0
         evaluate(args, models)
     except (DataError, OSError) as error:
         log.error("error: %s", error)

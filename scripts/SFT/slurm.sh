@@ -10,8 +10,9 @@
 #   sbatch scripts/SFT/slurm.sh scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh [FLAG...]          # from the repository root
 #   sbatch --nodes=1 scripts/SFT/slurm.sh scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh          # sbatch's own flags come first
 set -euo pipefail
-# Slurm runs a copy of this file, so it is not found beside it
-source "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}/scripts/lib/common.sh"
+ROOT=$(dirname "${BASH_SOURCE[0]}")/../..
+if [[ ! -d $ROOT/scripts/lib ]]; then ROOT=$SLURM_SUBMIT_DIR; fi # Slurm runs a copy of this file
+source "$ROOT/scripts/lib/common.sh"
 
 require SLURM_JOB_NODELIST "nothing by hand: Slurm sets it; start this with sbatch"
 (($#)) || die "name the script to run: sbatch scripts/SFT/slurm.sh scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh"

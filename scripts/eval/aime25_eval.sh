@@ -9,8 +9,9 @@
 #   bash scripts/eval/aime25_eval.sh         # on this machine
 #   sbatch scripts/eval/aime25_eval.sh       # from the repository root
 set -euo pipefail
-# Slurm runs a copy of this file, so the library is not found beside it
-source "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}/scripts/lib/eval.sh"
+ROOT=$(dirname "${BASH_SOURCE[0]}")/../..
+if [[ ! -d $ROOT/scripts/lib ]]; then ROOT=$SLURM_SUBMIT_DIR; fi # Slurm runs a copy of this file
+source "$ROOT/scripts/lib/eval.sh"
 
 BENCHMARK=aime25 DATASET=aime25
 SAMPLES=32 MAX_TOKENS=31000 TEMPERATURE=0.65 TOP_P=0.95 # 30 x 32 = 960 answers

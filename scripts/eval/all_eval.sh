@@ -13,8 +13,8 @@
 #
 # After the array has ended, the line with bash makes the reports that compare: it finds every answer there.
 set -euo pipefail
-# Slurm runs a copy of this file, so the library is not found beside it
-ROOT=${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}
+ROOT=$(dirname "${BASH_SOURCE[0]}")/../..
+if [[ ! -d $ROOT/scripts/lib ]]; then ROOT=$SLURM_SUBMIT_DIR; fi # Slurm runs a copy of this file
 source "$ROOT/scripts/lib/common.sh"
 
 BENCHMARKS=(aime24 aime25 gpqa livecodebenchv5)

@@ -10,8 +10,9 @@
 #   bash scripts/eval/livecodebenchv5_eval.sh         # on this machine
 #   sbatch scripts/eval/livecodebenchv5_eval.sh       # from the repository root
 set -euo pipefail
-# Slurm runs a copy of this file, so the library is not found beside it
-source "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}/scripts/lib/eval.sh"
+ROOT=$(dirname "${BASH_SOURCE[0]}")/../..
+if [[ ! -d $ROOT/scripts/lib ]]; then ROOT=$SLURM_SUBMIT_DIR; fi # Slurm runs a copy of this file
+source "$ROOT/scripts/lib/eval.sh"
 
 BENCHMARK=livecodebenchv5 DATASET=lcb
 SAMPLES=8 MAX_TOKENS=27000 TEMPERATURE=0.65 TOP_P=0.95

@@ -38,10 +38,11 @@ run_eval() {
         --samples "$SAMPLES" --max-tokens "$MAX_TOKENS" --temperature "$TEMPERATURE" --top-p "$TOP_P"
         --backend "$BACKEND" --tensor-parallel "$TP"
     )
-    if [[ -n ${SYSTEM_PROMPT:-} ]]; then args+=(--system-prompt "$SYSTEM_PROMPT"); fi
-    if [[ -n ${PROMPT_TEMPLATE:-} ]]; then args+=(--prompt-template "$PROMPT_TEMPLATE"); fi
+    # One word each with its flag: a value may begin with a dash
+    if [[ -n ${SYSTEM_PROMPT:-} ]]; then args+=(--system-prompt="$SYSTEM_PROMPT"); fi
+    if [[ -n ${PROMPT_TEMPLATE:-} ]]; then args+=(--prompt-template="$PROMPT_TEMPLATE"); fi
     if [[ -n ${API_URL:-} ]]; then args+=(--api-url "$API_URL"); fi
-    if [[ -n ${SGLANG_ARGS:-} && $BACKEND == gpu ]]; then args+=(--server-args "$SGLANG_ARGS"); fi
+    if [[ -n ${SGLANG_ARGS:-} && $BACKEND == gpu ]]; then args+=(--server-args="$SGLANG_ARGS"); fi
     if [[ -n ${PORT:-} ]]; then args+=(--port "$PORT"); fi
     model_args "$@"
     if [[ ${DRY_RUN:-0} == 1 ]]; then args+=(--dry-run); else set_up_evalscope; fi
@@ -49,15 +50,23 @@ run_eval() {
 }
 
 # model_args [FLAG...]: add MODEL_PATH under NAME, and the folders of TRAINED_ON (split at colons), to args. Flags may
-# name models instead.
+# name models instead, and then their training data too.
 model_args() {
-    local folder folders
-    if [[ " $* " == *" --model "* ]]; then return; fi
+    local folder folders word
+    if [[ ${MARK_OVERLAP:-0} == 1 ]]; then args+=(--mark-overlap); fi
+    for word in "$@"; do
+        [[ $word == --model || $word == --model=* ]] || continue
+        [[ -z ${TRAINED_ON:-} ]] || die "TRAINED_ON is of MODEL_PATH, and --model names others: give --trained-on NAME=FOLDER"
+        return 0
+    done
     [[ -n ${API_URL:-} ]] || require MODEL_PATH "Hugging Face folder of the model to evaluate"
-    [[ -n ${MODEL_PATH:-} ]] || return 0
+    if [[ -z ${MODEL_PATH:-} ]]; then
+        [[ -z ${TRAINED_ON:-} ]] || die "TRAINED_ON is of MODEL_PATH: set that, to the model's name at the server"
+        return 0
+    fi
     NAME=${NAME:-$(basename "$MODEL_PATH")}
+    [[ $NAME != *=* ]] || die "the name $NAME has an equals sign: set NAME to another"
     args+=(--model "$NAME=$MODEL_PATH")
     IFS=: read -ra folders <<<"${TRAINED_ON:-}"
     for folder in "${folders[@]}"; do args+=(--trained-on "$NAME=$folder"); done
-    if [[ ${MARK_OVERLAP:-0} == 1 ]]; then args+=(--mark-overlap); fi
 }

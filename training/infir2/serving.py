@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infir2.data.chat import read_chat_template, special_tokens_map
+from infir2.evaluation import answers
 from infir2.indexed import DataError
 from infir2.processes import GuardedProcess, last_lines, without_proxy
 from infir2.stop_tokens import FILES, GENERATION, stop_tokens
@@ -91,6 +93,29 @@ def check_model(model: Path, backend: str, temperature: float) -> None:
         stop_tokens(model, files)
     except ValueError as error:
         raise DataError(str(error)) from None
+
+
+def turn_opening(model: Path) -> str:
+    """What a model folder's chat template writes of the model's turn: `<think>`, or nothing. Refuses (DataError) a
+    template that cannot be rendered."""
+    template = read_chat_template(model)
+    if "<think>" not in template:
+        return ""
+    from transformers.utils.chat_template_utils import render_jinja_template  # two seconds
+
+    question = [{"role": "user", "content": "1 + 1 ="}]
+    try:
+        texts, _ = render_jinja_template(
+            [question],
+            chat_template=template,
+            add_generation_prompt=True,
+            **special_tokens_map(model),
+        )
+    except DataError:
+        raise
+    except Exception as error:  # a template is a program: anything can go wrong in it
+        raise DataError(f"the chat template of {model} cannot be rendered: {type(error).__name__}: {error}") from error
+    return answers.turn_opening(texts[0])
 
 
 @contextmanager

@@ -4,7 +4,7 @@ evalscope loads what it can and fails late, or goes to a hub, when a folder is n
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from infir2.files import json_lines
 from infir2.indexed import DataError
 
 LCB_SUBSET = "v5"
@@ -37,9 +38,13 @@ class Benchmark:
 
 
 def check(benchmark: Benchmark, folder: Path) -> int:
-    """Number of problems in a local folder. Refuses another form, with what was found and what is needed."""
+    """Number of problems in a local folder. Refuses another form, with what was found and what is needed, and problems
+    that no report could be made of: one alone, and one that stands there twice."""
     try:
-        return benchmark.count(folder)
+        count = benchmark.count(folder)
+        if count < 2:
+            raise ValueError("it holds one problem, and an interval over problems needs two")
+        return count
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException, yaml.YAMLError) as error:
         found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise DataError(
@@ -50,11 +55,13 @@ def check(benchmark: Benchmark, folder: Path) -> int:
 
 def _records(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(json_lines(path), 1):
         try:
             record = json.loads(line)
         except ValueError:
             raise ValueError(f"{path.name}, line {number} is no JSON") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path.name}, line {number} is no JSON object")
         lacking = [column for column in columns if record.get(column) in (None, "")]
         if lacking:
             raise ValueError(f"{path.name}, line {number} has no {', '.join(lacking)}")
@@ -64,16 +71,29 @@ def _records(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     return records
 
 
+def _refuse_repeated(problems: Iterable[tuple[str, ...]], where: str) -> None:
+    """Of problems, each as the texts that make it one: spacing does not make another."""
+    first: dict[tuple[str, ...], int] = {}
+    for number, problem in enumerate(problems, 1):
+        before = first.setdefault(tuple(" ".join(text.split()) for text in problem), number)
+        if before != number:
+            raise ValueError(f"{where}: problem {number} is problem {before} again; remove one of them")
+
+
 def _count_aime(folder: Path) -> int:
     records = _records(folder / "test.jsonl", ("problem", "answer"))
     for number, record in enumerate(records, 1):
         if not str(record["answer"]).strip().lstrip("-").isdigit():
             raise ValueError(f"test.jsonl, line {number}: the answer {record['answer']!r} is no integer")
+    _refuse_repeated(((str(record["problem"]),) for record in records), "test.jsonl")
     return len(records)
 
 
 def _count_gpqa(folder: Path) -> int:
-    return len(_records(folder / "train.jsonl", GPQA_COLUMNS))
+    records = _records(folder / "train.jsonl", GPQA_COLUMNS)
+    texts = [[str(record[column]) for column in GPQA_COLUMNS] for record in records]
+    _refuse_repeated(((question, *sorted(choices)) for question, *choices in texts), "train.jsonl")
+    return len(records)
 
 
 def _count_livecodebench(folder: Path) -> int:
@@ -81,17 +101,20 @@ def _count_livecodebench(folder: Path) -> int:
     header = (folder / "README.md").read_text("utf-8").split("---")[1]
     configs = {config["config_name"]: config for config in yaml.safe_load(header)["configs"]}
     pattern = next(file["path"] for file in configs[LCB_SUBSET]["data_files"] if file["split"] == "test")
-    dates = []
+    rows = []
     for path in sorted(folder.glob(pattern)):
         lacking = set(LCB_COLUMNS) - set(pq.read_schema(path).names)
         if lacking:
             raise ValueError(f"{path.name} has no column {', '.join(sorted(lacking))}")
-        dates += pq.read_table(path, columns=["contest_date"])["contest_date"].to_pylist()
+        rows += pq.read_table(path, columns=["contest_date", "question_content", "starter_code"]).to_pylist()
     first, last = map(datetime.fromisoformat, LCB_WINDOW)
-    count = sum(first <= datetime.fromisoformat(date) <= last for date in dates)
-    if not count:
-        raise ValueError(f"none of {len(dates)} problems is from {LCB_WINDOW[0]} to {LCB_WINDOW[1]}")
-    return count
+    chosen = [row for row in rows if first <= datetime.fromisoformat(row["contest_date"]) <= last]
+    if not chosen:
+        raise ValueError(f"none of {len(rows)} problems is from {LCB_WINDOW[0]} to {LCB_WINDOW[1]}")
+    _refuse_repeated(
+        ((row["question_content"], row["starter_code"] or "") for row in chosen), f"{pattern}, in the window"
+    )
+    return len(chosen)
 
 
 AIME_FORM = "test.jsonl with `problem` and `answer`, an integer, on each line"

@@ -83,6 +83,8 @@ class Run:
             "%d prompts, engine in %s, gate on gen_kl_error %g, responses end at %s",
             *(len(inputs.prompts), precise, self.gate, stop),
         )
+        for form, count in inputs.prompts.asked_forms().items():
+            log.info("%d prompts ask for %s: answers are read there, and in boxes", count, form)
 
     # The algorithm
 

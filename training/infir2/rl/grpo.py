@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST_LOG_RATIO = 20.0  # nats; exp of more than 88 is infinite in FP32, and 0 times infinity in its gradient NaN
 SPREAD = 1e-6  # standard deviation of rewards above which a group can teach something
 
 
@@ -44,9 +45,10 @@ class Objective:
     def loss(self, new: Tensor, old: Tensor, rollout: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of each token, and whether its ratio and its importance weight were clipped; all [tokens], float32.
 
-        loss = w max(-r A, -clip(r) A) with r = exp(new - old), w = clip(exp(old - rollout)). Only `new` has a gradient.
+        loss = w max(-r A, -clip(r) A) with r = exp(new - old), w = clip(exp(old - rollout)). Only `new` has a gradient;
+        none from a token whose new - old is beyond LARGEST_LOG_RATIO either way.
         """
-        ratio = torch.exp(new - old)
+        ratio = torch.exp((new - old).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
         clipped = ratio.clamp(1 - self.eps_clip, 1 + self.eps_clip_high)
         loss = torch.maximum(-ratio * advantage, -clipped * advantage)
         is_clipped = -clipped * advantage > -ratio * advantage

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import logging
 import math
@@ -34,19 +35,22 @@ import socket
 import struct
 import subprocess
 import sys
+import unicodedata
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from multiprocessing.connection import Connection
 from typing import Any
+
+from infir2.evaluation.answers import after_thinking, boxed_answer, find_answer
 
 logger = logging.getLogger(__name__)
 
 LONGEST_RESPONSE = 1_000_000  # characters; of a longer response the end is read
-LONGEST_ANSWER = 10_000  # characters; a longer \boxed{...} is no answer
 LONGEST_FORMULA = 200  # characters; a longer answer of deepscaler's is compared as a string only
 LONGEST_PARSED = 1_000  # characters that math-verify gets: a longer \boxed{...} is wrong, of other text it gets the end
 START_SECONDS = 300  # imports on a busy machine or a network disk
@@ -65,20 +69,25 @@ class Why(StrEnum):
     CORRECT = "correct"
     WRONG = "wrong"
     NO_ANSWER = "no answer"
+    TRUNCATED = "truncated"
     TIMED_OUT = "timed out"
     ERROR = "error"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A response to score. `metadata` is what JSON can hold; for reasoning-gym it is the item's own `metadata`, and the
-    label the item's `answer`, which some tasks do not have."""
+    """A response to score. `metadata` is what JSON can hold, None where the prompt has none; for reasoning-gym it is
+    the item's own `metadata`, and the label the item's `answer`, which some tasks do not have. `opening`: what of the
+    model's turn its chat template wrote, such as `<think>`. `system`: what the system message says. `truncated`: the
+    response has no end."""
 
     prompt: str
     response: str
     label: str | int | float | None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] | None = None
     truncated: bool = False
+    opening: str = ""
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,7 @@ class Score:
 
 
 Reward = Callable[[Sample], Score]
+CUT = Score(0.0, None, Why.TRUNCATED)  # of a response without an end: what it would have said is not known
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:
@@ -108,38 +118,23 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The answer in a response
-
-BOXED = re.compile(r"\\boxed\s*\{")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character of the answer
+# The answer in a response: infir2.evaluation.answers reads it
 
 
-def boxed_answer(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}`, stripped. None if it is empty or does not close within LONGEST_ANSWER."""
-    start = max((match.end() for match in BOXED.finditer(text)), default=None)
-    if start is None:
-        return None
-    depth = 1
-    for match in BRACE.finditer(text, start, start + LONGEST_ANSWER + 1):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return text[start : match.start()].strip() or None
-    return None
+def _turn(sample: Sample) -> str:
+    """What the model's turn holds: what the template wrote of it, and the response."""
+    return sample.opening + sample.response
 
 
-def after_thinking(response: str) -> str:
-    """What follows the last `</think>`. Without one: nothing if a `<think>` was opened, else all of the response."""
-    _, tag, after = response.rpartition("</think>")
-    if tag:
-        return after
-    return "" if "<think>" in response else response
+def _asking(sample: Sample) -> str:
+    return f"{sample.system}\n{sample.prompt}"
 
 
-def after_marker(response: str) -> str:
+def after_marker(turn: str) -> str:
     """What follows the last `</think>`, else the last `###Response`; nothing where there is neither."""
     for marker in ("</think>", "###Response"):
-        if marker in response:
-            return response.rpartition(marker)[2]
+        if marker in turn:
+            return after_thinking(turn.rpartition(marker)[2])
     return ""
 
 
@@ -157,29 +152,69 @@ def _judged(reward: float, answer: str | None) -> Score:
 # ---------------------------------------------------------------------------------------------------------------------
 # deepscaler: strings in one spelling, then sympy
 
-TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}"
-UNIT_TEXT = r"\\(?:text|textrm|mathrm|mbox)\s*\{(?!\s*[ei]\s*\})[^{}]*\}"  # 2\mathrm{e} has no unit
-UNIT = (
-    r"(?:(?:square|cubic|sq)\s+)?(?:degree|[cmk]m|kg|(?:centi|kilo|milli)?met(?:er|re)|mile|second|minute|hour|day|week|"
-    r"month|year|foot|feet|inch|inches|yard|dollar|cent|percent|unit)s?"
-)
+# Canonical names, and how they are written. The first ones only within \text{...}: 5m and 2s are formulas.
+SHORT_UNITS = {
+    "m": "m",
+    "g": "g",
+    "l": "l",
+    "s": "s sec",
+    "h": "h hr",
+    "min": "min",
+    "in": "in",
+    "ft": "ft",
+    "lb": "lb",
+    "oz": "oz",
+}
+LONG_UNITS = {
+    "mm": "mm millimeter millimetre", "cm": "cm centimeter centimetre", "m": "meter metre",
+    "km": "km kilometer kilometre", "kg": "kg kilogram", "g": "gram", "l": "liter litre", "lb": "pound", "oz": "ounce",
+    "s": "second", "min": "minute", "h": "hour", "day": "day", "week": "week", "month": "month", "year": "year",
+    "in": "inche inch", "ft": "foot feet", "yd": "yard", "mi": "mile", "degree": "degree", "dollar": "dollar",
+    "cent": "cent", "percent": "percent", "unit": "unit", "mi/h": "mph", "km/h": "kph",
+}  # fmt: skip
+UNIT_NAMES = {
+    spelling: name for table in (SHORT_UNITS, LONG_UNITS) for name, words in table.items() for spelling in words.split()
+}
+SIGN_UNITS = {"\\$": "dollar", "%": "percent", "\\%": "percent", "$": ""}  # every other sign is one of degrees
 POWER = r"(?:\s*\^\s*\{?\d\}?)?"
+
+
+TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}"
+# 2\mathrm{e} has no unit, and of 5\text{ or 6} more than the unit would go
+UNIT_TEXT = r"\\(?:text|textrm|mathrm|mbox)\s*\{(?!\s*[ei]\s*\})[^{}0-9]*(?:\^\s*\d)?[^{}0-9]*\}"
+MEASURE = r"(?:(?:square|cubic|sq)\s+)?(?:{})s?" + POWER.replace("{", "{{").replace("}", "}}")
+UNIT = MEASURE.format("|".join(" ".join(LONG_UNITS.values()).split()))
+UNIT += rf"(?:\s*(?:/|per\s)\s*{MEASURE.format('|'.join(UNIT_NAMES))})*"
+UNIT_PART = re.compile(
+    rf"(?:(square|sq|cubic)\s+)?({'|'.join(sorted(UNIT_NAMES, key=len, reverse=True))})s?(?:\s*\^\s*\{{?(\d)\}}?)?"
+)
+SIGNS = re.compile(r"\\?[$%]|\u00b0|\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
+UNIT_AT_END = re.compile(rf"(?<=[\d}}])\s*(?:{UNIT_TEXT}|{UNIT}){POWER}\s*$")
+SYMBOLS = {"\u221e": r"\infty ", "\u03c0": r"\pi ", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u00f7": r"\div "}
 # Applied in this order, and again until nothing changes: normalising twice is then the same as once.
 SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"[\u2212\u2013]", "-"),
+        (f"[{''.join(SYMBOLS)}]", lambda match: SYMBOLS[match[0]]),
+        (r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+", lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),
+        (r"[\u00bc-\u00be\u2150-\u215e\u2189]", lambda match: unicodedata.normalize("NFKC", f" {match[0]}")),
+        (r"(\d+)\u2044(\d+)", r"\\frac{\1}{\2}"),
+        (r"\u221b", r"\\sqrt[3]"),
+        (r"\u221a", r"\\sqrt"),
+        (r"(?<![A-Za-z\\])sqrt(?![A-Za-z])", r"\\sqrt"),
+        (r"\\sqrt(\[\d\])?\s*\(([^()]*)\)", r"\\sqrt\1{\2}"),
         (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])", ""),
         (r"\\!|\{,\}(?=\d{3})", ""),
-        (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
-        (r"\\[()\[\]]", ""),  # \( ... \) and \[ ... \]
-        (r"\\?[$%]|\u00b0|\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", ""),
+        (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
+        (r"(?<!\\)\\[()\[\]]", ""),  # \( ... \) and \[ ... \]
+        (SIGNS, ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\(le|ge|ne)q(?![A-Za-z])", r"\\\1"),
-        (rf"(?<=[\d}}])\s*(?:{UNIT_TEXT}|{UNIT}){POWER}\s*$", ""),
+        (UNIT_AT_END, ""),
         (TEXT, r"\1"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+        (r"\\sqrt(\[\d\])?\s*(\d+)", r"\\sqrt\1{\2}"),
         (r"^\s*(-?(?:\d+\s+)?)(\d+)\s*/\s*(\d+)\s*$", r"\1\\frac{\2}{\3}"),  # 1/2 and 1 1/2
         (r"\\frac\{-(\d+)\}\{(\d+)\}", r"-\\frac{\1}{\2}"),
         (r"(?<![A-Za-z0-9\\]) | (?![A-Za-z0-9])", ""),  # spaces that part neither words nor digits
@@ -195,9 +230,11 @@ THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?
 BRACKET = re.compile(r"[()\[\]]|\\[{}]")
 
 INTEGER = re.compile(r"-?\d+")
+NUMBER = re.compile(r"(-?)(?:(\d+(?:\.\d+)?)|\\frac\{(\d+)\}\{(\d+)\})")
 RATIO = re.compile(r"-?(?:\d+|\\frac\{\d+\}\{\d+\})")
 FORMULA = re.compile(rf"[0-9A-Za-z+\-*/^().{{}}\\| ]{{1,{LONGEST_FORMULA}}}")
 COMMAND = re.compile(r"\\([A-Za-z]+|.?)")
+ROOT = re.compile(r"\\sqrt\[\d\]")
 COMMANDS = set("frac sqrt pi cdot times div sin cos tan cot sec csc arcsin arccos arctan log ln exp infty".split())
 WORD = re.compile(r"[A-Za-z]{3}")
 # latex2sympy reads "1 2" as a product, "1e5" as 5e and the first number of "1.2.3".
@@ -208,21 +245,56 @@ HUGE_POWER = re.compile(r"\^\s*\{?\s*-?\d{5}|\^\s*\{[^{}]*\^|\^[^{}]\^")
 def normalize(answer: str) -> str:
     r"""One spelling for the ways to write an answer. Idempotent.
 
-    Spacing, `\left`, `\text{...}`, $, %, degrees and units go; `\dfrac` and 1/2 become `\frac{1}{2}`; 1,234 and 1234.0
-    become 1234; `x=` in front goes. Commas within brackets part the elements of a tuple: (1,234) is no number. Of a
-    text longer than LONGEST_FORMULA, prose or a table, only the spacing is changed.
+    Spacing, `\left`, `\text{...}`, $, %, degrees and units go; `\dfrac`, 1/2 and a half in one character become
+    `\frac{1}{2}`; 1,234 and 1234.0 become 1234; `x=` in front goes. Commas within brackets part the elements of a
+    tuple: (1,234) is no number. Of a text longer than LONGEST_FORMULA, prose or a table, only the spacing is changed.
     """
-    previous = None
+    return _normalized(answer)[0]
+
+
+def _normalized(answer: str) -> tuple[str, str]:
+    """The text without its unit, and that unit's canonical name; empty without one, and for one that is not known."""
+    previous, unit = None, ""
     while answer != previous:
         previous, answer = answer, " ".join(answer.split())
         if len(answer) > LONGEST_FORMULA:
             continue
         for pattern, replacement in SPELLINGS:
+            if pattern in (SIGNS, UNIT_AT_END):
+                unit = unit or next(filter(None, map(_unit_name, pattern.findall(answer))), "")
             answer = pattern.sub(replacement, answer)
         if not BRACKET.search(answer):
             answer = THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), answer)
         answer = answer if "\\" in answer else answer.lower()
-    return answer
+    return answer, unit
+
+
+def _unit_name(text: str) -> str:
+    r"""The canonical name of what is written as a unit: km/h for `\text{ kilometers per hour}`."""
+    text = re.sub(TEXT, r"\1", text).strip().lower()
+    if text in SIGN_UNITS or "\u00b0" in text or "circ" in text:
+        return SIGN_UNITS.get(text, "degree")
+    parts = [UNIT_PART.fullmatch(part) for part in re.split(r"\s*(?:/|\bper\b)\s*", text)]
+    if not all(parts):
+        return ""
+    powers = {"square": "2", "sq": "2", "cubic": "3", None: "1"}
+    return "/".join(f"{UNIT_NAMES[part[2]]}^{part[3] or powers[part[1]]}" for part in parts).replace("^1", "")
+
+
+MATRIX = re.compile(
+    r"(?:[A-Za-z]=)?(?:\\begin\{(?P<kind>[pb]?|small)matrix\}|\\begin\{array\}\{[lcr|]*\})(?P<body>.*)"
+    r"\\end\{(?:(?P=kind)matrix|array)\}",
+    re.DOTALL,
+)
+
+
+def _matrix(text: str) -> list[list[str]] | None:
+    r"""The elements of a matrix, by rows; round or square brackets are the same."""
+    text = re.sub(r"\\left\s*[(\[]|\\right\s*[)\]]|[$]|^\s*\\\[|\\\]\s*$", "", text).strip()
+    found = MATRIX.fullmatch(re.sub(r"^([A-Za-z])\s*=\s*", r"\1=", text))
+    if found is None:
+        return None
+    return [row.split("&") for row in re.split(r"\\\\(?:\[[^\]]*\])?", found["body"]) if row.strip()]
 
 
 def same_answer(label: str, answer: str) -> bool:
@@ -230,9 +302,44 @@ def same_answer(label: str, answer: str) -> bool:
 
     Brackets must be the same, and so must the order, but for sets in `\{...\}`. Fractions and integers must match
     exactly, so that 2/4 is not 1/2; and where the label is an integer, only that integer will do: not 2^3 for 8.
-    What is longer than LONGEST_FORMULA is compared as a string. Can take any time: it is made for a worker.
+    Where both have a unit that is known it must be the same one: units are not converted. A percentage is its part of
+    100, and also the number before its sign where the other one has no unit and is above 1: 50 % is 0.5 and 50, 0.5 %
+    is not 0.5. What is longer than LONGEST_FORMULA is compared as a string. Can take any time: it is made for a
+    worker.
     """
-    label, answer = normalize(label), normalize(answer)
+    rows, others = _matrix(label), _matrix(answer)
+    if rows is not None and others is not None:
+        return list(map(len, rows)) == list(map(len, others)) and all(
+            map(same_answer, itertools.chain(*rows), itertools.chain(*others))
+        )
+    (label, unit), (answer, other) = _normalized(label), _normalized(answer)
+    if unit and other:
+        return unit == other and _same_value(label, answer)
+    if unit == "percent":
+        return _same_percentage(label, answer)
+    if other == "percent":
+        return _same_percentage(answer, label)
+    return _same_value(label, answer)
+
+
+def _same_percentage(percentage: str, number: str) -> bool:
+    """`percentage` is what stands before the sign, `number` has no unit."""
+    known = NUMBER.fullmatch(number)
+    if not (known and abs(_fraction(number)) <= 1) and _same_value(percentage, number):
+        return True
+    part = rf"\frac{{{percentage}}}{{100}}"
+    return _is_formula(part) and _is_formula(number) and _equal_in_sympy(part, number)
+
+
+def _fraction(number: str) -> Fraction:
+    """Of a text that NUMBER matches. Raises ZeroDivisionError for 1/0."""
+    negative, whole, above, below = NUMBER.fullmatch(number).groups()
+    value = Fraction(whole) if whole else Fraction(int(above), int(below))
+    return -value if negative else value
+
+
+def _same_value(label: str, answer: str) -> bool:
+    """Of two that are normalised."""
     if label == answer:
         return True
     if max(len(label), len(answer)) > LONGEST_FORMULA:
@@ -240,9 +347,11 @@ def same_answer(label: str, answer: str) -> bool:
     (*brackets, expected), (*other_brackets, found) = _elements(label), _elements(answer)
     if brackets != other_brackets or len(expected) != len(found):
         return False
+    if len(expected) == 1 and not brackets[0]:
+        return _same_element(label, answer)
     if brackets[0] != "\\{":
-        return all(map(_same_element, expected, found))
-    pairs = [[_same_element(one, other) for other in found] for one in expected]
+        return all(map(same_answer, expected, found))
+    pairs = [[same_answer(one, other) for other in found] for one in expected]
     return all(map(any, pairs)) and all(map(any, zip(*pairs, strict=True)))
 
 
@@ -263,9 +372,6 @@ def _elements(text: str) -> tuple[str, str, list[str]]:
 
 
 def _same_element(label: str, answer: str) -> bool:
-    label, answer = normalize(label), normalize(answer)
-    if label == answer:
-        return True
     if INTEGER.fullmatch(label) or (RATIO.fullmatch(label) and RATIO.fullmatch(answer)):
         return False
     return _is_formula(label) and _is_formula(answer) and _equal_in_sympy(label, answer)
@@ -275,7 +381,7 @@ def _is_formula(text: str) -> bool:
     """Whether sympy may read a text: short, of few characters, known commands, no words (products of letters to it),
     nothing that is read otherwise than written, and no exponent that is a tower or has five digits."""
     return (
-        FORMULA.fullmatch(text) is not None
+        FORMULA.fullmatch(ROOT.sub(r"\\sqrt", text)) is not None
         and all(command in COMMANDS for command in COMMAND.findall(text))
         and not WORD.search(COMMAND.sub(" ", text))
         and re.search(r"[\d+\-*/^\\]", text) is not None
@@ -298,13 +404,15 @@ def _equal_in_sympy(label: str, answer: str) -> bool:
 
 
 def deepscaler(sample: Sample, judged_text: Callable[[str], str] = after_marker) -> Score:
-    r"""1 if the last `\boxed{...}` after the last `</think>`, else after `###Response`, is the label; else 0.
+    r"""1 if the answer after the last `</think>`, else after `###Response`, is the label; else 0.
 
-    Without either marker there is no answer. `deepscaler-no-think` is for models that do not think: the whole response
-    is judged, unless it has thoughts.
+    The answer is the last `\boxed{...}`, or stands in the form that the prompt asks for. Without either marker there is
+    none. `deepscaler-no-think` is for models that do not think: the whole response is judged, unless it has thoughts.
     """
     label = _label(sample)
-    answer = boxed_answer(judged_text(sample.response))
+    if sample.truncated:
+        return CUT
+    answer = find_answer(judged_text(_turn(sample)), _asking(sample))
     if answer is None:
         return Score(0.0, None, Why.NO_ANSWER)
     return _judged(same_answer(boxed_answer(label) or label, answer), answer)
@@ -319,9 +427,39 @@ def _deepscaler(judged_text: Callable[[str], str]) -> Reward:
 # math-verify
 
 
+# What an answer to a label of one value does not have: relations, separators, alternatives; words.
+SEVERAL = re.compile(
+    r"[=<>,;|&\[\]]|\\[\\{}]|\\(?:pm|mp|ne|le|ge|lt|gt|approx|sim|simeq|equiv|to|in|cup|cap|vee|wedge|lor|land|mid|qquad)"
+    r"(?![A-Za-z])"
+)
+WORDS = re.compile(r"(?<![A-Za-z])[A-Za-z]{2}")
+STATED = re.compile(
+    r"\banswer\s*(?:is|=|:)\s*:?((?:(?!\banswer\b).)+?)(?:[.!](?=\s|$)|$)", re.IGNORECASE | re.MULTILINE
+)
+
+
+def stated_answer(text: str) -> str | None:
+    """X of the last "answer is X", to the end of its sentence or line."""
+    found = STATED.findall(text[-10 * LONGEST_PARSED :])
+    return (found[-1].strip(" \t*_:") or None) if found else None
+
+
+def of_one_kind(label: str, answer: str) -> bool:
+    """Whether an answer is one value where the label is: no equation, list or choice, and nothing in words. math-verify
+    looks for the label in them, and would find it in `999 = 34`. Units that are known must be the same."""
+    (label, unit), (answer, other) = _normalized(label), _normalized(answer)
+    if unit and other and unit != other:
+        return False
+    for pattern in (SEVERAL, MISREAD):
+        if pattern.search(answer) and not pattern.search(label):
+            return False
+    return bool(WORDS.search(COMMAND.sub(" ", label))) or not WORDS.search(COMMAND.sub(" ", answer))
+
+
 def _math_verify() -> Reward:
-    r"""1 if math-verify finds the label in the last `\boxed{...}` outside thoughts, or, where nothing is boxed, in the
-    last LONGEST_PARSED characters. The label comes first: the comparison is not symmetric."""
+    r"""1 if math-verify finds the label equal to the answer outside thoughts: the last `\boxed{...}`, what stands in
+    the form that the prompt asks for, or, where there is neither, X of the last "answer is X". Where the label is one
+    value the answer must be one too (`of_one_kind`). A truncated response has no answer."""
     from math_verify import parse, verify
 
     # Its own time limit is SIGALRM, which a loop in C does not notice; the worker's deadline does. It warns about that.
@@ -330,19 +468,22 @@ def _math_verify() -> Reward:
     def reward(sample: Sample) -> Score:
         label = _label(sample)
         wrapped = label if label.startswith(("$", r"\(", r"\[", r"\boxed")) else f"${label}$"
+        # The label comes first in `verify`: the comparison is not symmetric.
         gold = parse(wrapped, parsing_timeout=None)
         if not gold:
             raise ValueError(f"math-verify cannot read the label {label[:100]!r}")
-        text = after_thinking(sample.response)
-        boxed = boxed_answer(text)
-        if boxed is None and BOXED.search(text):
+        if sample.truncated:
+            return CUT
+        text = after_thinking(_turn(sample))
+        answer = find_answer(text, _asking(sample))
+        if answer is None and r"\boxed" not in text:
+            answer = stated_answer(text)
+        if answer is None:
             return Score(0.0, None, Why.NO_ANSWER)
-        if boxed and len(boxed) > LONGEST_PARSED:
-            return Score(0.0, boxed, Why.WRONG)
-        found = parse(f"\\boxed{{{boxed}}}" if boxed else text[-LONGEST_PARSED:], parsing_timeout=None)
-        if not found:
-            return Score(0.0, boxed, Why.NO_ANSWER)
-        return _judged(verify(gold, found, timeout_seconds=None), boxed or str(found[-1])[:LONGEST_ANSWER])
+        if len(answer) > LONGEST_PARSED or not of_one_kind(boxed_answer(label) or label, answer):
+            return Score(0.0, answer, Why.WRONG)
+        found = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+        return _judged(bool(found) and verify(gold, found, timeout_seconds=None), answer)
 
     return reward
 
@@ -365,9 +506,31 @@ EVALUATED = {
 }
 
 
+class _Item(dict):
+    """An item of reasoning-gym that knows what a scorer missed: some go on, and give less than a right answer's
+    reward."""
+
+    def __missing__(self, key: str) -> Any:
+        self.missed = key
+        raise KeyError(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else self.__dict__.setdefault("missed", key) and default
+
+    @contextlib.contextmanager
+    def complete(self) -> Iterator[None]:
+        """Raises ValueError if its body misses something of the item."""
+        try:
+            yield
+        finally:
+            if missed := vars(self).get("missed"):
+                raise ValueError(f"the scorer reads the item's {missed}, and the prompt has none") from None
+
+
 def _reasoning_gym(task: str) -> Reward:
-    r"""The task's own `score_answer` on the last `\boxed{...}` outside thoughts; many tasks give part of 1 for answers
-    that are near, or that contain the right one."""
+    r"""The task's own `score_answer` on the answer outside thoughts, in the last `\boxed{...}` or the form that the
+    prompt asks for; many tasks give part of 1 for answers that are near, or that contain the right one. An
+    error where the scorer reads an item's `metadata` and the prompt has none."""
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
     if task not in DATASETS:
@@ -375,14 +538,19 @@ def _reasoning_gym(task: str) -> Reward:
     score_answer = get_score_answer_fn(task)
 
     def reward(sample: Sample) -> Score:
-        answer = boxed_answer(after_thinking(sample.response))
+        if sample.truncated:
+            return CUT
+        answer = find_answer(after_thinking(_turn(sample)), _asking(sample))
         if answer is None:
             return Score(0.0, None, Why.NO_ANSWER)
         if task in EVALUATED and not EVALUATED[task].fullmatch(answer):
             return Score(0.0, answer, Why.WRONG, "characters that no answer of this task has")
         label = None if sample.label is None else str(sample.label)
-        entry = {"question": sample.prompt, "answer": label, "metadata": sample.metadata}
-        return _judged(score_answer(answer, entry), answer)
+        item = _Item(question=sample.prompt, answer=label)
+        if sample.metadata is not None:
+            item["metadata"] = sample.metadata
+        with item.complete():
+            return _judged(score_answer(answer, item), answer)
 
     return reward
 
@@ -606,5 +774,6 @@ class RewardPool:
 
 
 def _request(sample: Sample) -> bytes:
-    shortened = {"response": sample.response[-LONGEST_RESPONSE:], "metadata": dict(sample.metadata)}
+    metadata = None if sample.metadata is None else dict(sample.metadata)
+    shortened = {"response": sample.response[-LONGEST_RESPONSE:], "metadata": metadata}
     return json.dumps(vars(sample) | shortened).encode()

@@ -21,6 +21,7 @@ import numpy as np
 
 from infir2.data.chat import BadMessages, ChatTokenizer, check_messages, label_text
 from infir2.data.samples import epoch_order
+from infir2.evaluation import answers
 from infir2.indexed import DataError
 from infir2.rl import grpo, rewards
 
@@ -85,9 +86,10 @@ class Engine(Protocol):
 class Prompts:
     """Prompts with labels (`tools/prepare_data.py rl`), rendered by a model's chat template and tokenised.
 
-    A record holds `input_key`, a string or a list of messages (or a conversation, `messages`), and `label_key`. Refuses
-    (DataError) a record without them, an empty prompt, and prompts longer than `longest` tokens: data is cleaned before
-    training, not during it.
+    A record holds `input_key`, a string or a list of messages (or a conversation, `messages`), `label_key`, and, where
+    the reward needs more than a label, an object `metadata`. Refuses (DataError) a record without the first two, an
+    empty prompt, and prompts longer than `longest` tokens: data is cleaned before training, not during it.
+    `openings`: what of the model's turn the template wrote, for each prompt.
     """
 
     def __init__(
@@ -102,11 +104,14 @@ class Prompts:
             raise DataError(f"{path} holds no prompts")
         self.labels: list[str] = []
         self.messages: list[list[dict]] = []
+        self.metadata: list[dict[str, Any] | None] = []
         for number, line in enumerate(lines, 1):
-            messages, label = self._record(number, line, input_key, label_key)
+            messages, label, metadata = self._record(number, line, input_key, label_key)
             self.messages.append(messages)
             self.labels.append(label)
+            self.metadata.append(metadata)
         renderings = [tokenizer.prompt_rendering(messages) for messages in self.messages]
+        self.openings = [answers.turn_opening(rendering.text) for rendering in renderings]
         self.tokens = [encoded.tokens.tolist() for encoded in tokenizer.encode(renderings)]
         long = [number for number, tokens in enumerate(self.tokens, 1) if len(tokens) > longest]
         if long:
@@ -116,19 +121,43 @@ class Prompts:
                 f"tools/prepare_data.py rl --max-prompt-length {longest} --over-long drop"
             )
 
-    def _record(self, number: int, line: str, input_key: str, label_key: str) -> tuple[list[dict], str]:
+    def _record(self, number: int, line: str, input_key: str, label_key: str) -> tuple[list[dict], str, dict | None]:
         try:
             record = json.loads(line)
             if input_key not in record and "messages" in record:  # a conversation: what stands before its answer
                 record[input_key] = list(itertools.takewhile(lambda m: m["role"] != "assistant", record["messages"]))
             prompt = record[input_key]
             messages = check_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-            return messages, label_text(record[label_key])
+            metadata = record.get("metadata")
+            if not isinstance(metadata, dict | None):
+                raise TypeError(f"metadata is a {type(metadata).__name__}, not an object")
+            return messages, label_text(record[label_key]), metadata
         except (ValueError, KeyError, TypeError, BadMessages) as error:
             raise DataError(f"{self.path}, line {number}: {type(error).__name__}: {error}") from None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def asked_forms(self) -> Counter[str]:
+        """How many prompts ask for an answer in each of the forms that rewards read, a box aside."""
+        return Counter(
+            form.name
+            for messages in self.messages
+            for form in answers.asked_forms("\n".join(message["content"] for message in messages))
+        )
+
+    def response(self, prompt: int, text: str, truncated: bool) -> rewards.Sample:
+        """A response to a prompt, to be scored."""
+        *before, question = self.messages[prompt]
+        return rewards.Sample(
+            question["content"],
+            text,
+            self.labels[prompt],
+            self.metadata[prompt],
+            truncated=truncated,
+            opening=self.openings[prompt],
+            system="\n".join(message["content"] for message in before if message["role"] == "system"),
+        )
 
 
 # Samples
@@ -284,12 +313,15 @@ def collect(
     kept: list[Group] = []
     under_way: dict[int, Group] = {}  # by sample
     open_requests: Counter = Counter()  # of each group's id
+    verdicts = Verdicts()
 
     def judge(group: Group) -> None:
-        _score(group, source.prompts, score, decode, plan)
+        verdicts.add(*_score(group, source.prompts, score, decode, plan))
         counts["groups"] += 1
         counts["ended"] += sum(sample.finish != "length" for sample in group.samples)
         counts["differing"] += grpo.has_spread(group.scores)
+        if counts["groups"] == plan.groups:
+            verdicts.refuse_broken_reward()
         if plan.filter and not grpo.has_spread(group.scores):
             counts["all_right" if group.scores.min() >= 1 else "all_wrong"] += 1
         else:
@@ -304,7 +336,7 @@ def collect(
     while len(kept) < plan.groups:
         if len(kept) + len(open_requests) < plan.groups:
             if counts["groups"] >= plan.rounds * plan.groups:
-                raise RolloutError(_hopeless(counts, len(kept), plan))
+                raise RolloutError(_hopeless(counts, len(kept), plan, verdicts))
             begun = source.take(plan.over_sampling)
             _begin(begun, engine, source.prompts, plan, sampling, under_way)
             open_requests.update(group.id for group in begun for sample in group.samples if sample.finish is None)
@@ -349,17 +381,17 @@ def _sample(group: Group, id: int) -> Sample:
     return next(sample for sample in group.samples if sample.id == id)
 
 
-def _score(group: Group, prompts: Prompts, score, decode, plan: Plan) -> None:
-    question, label = prompts.messages[group.prompt][-1]["content"], prompts.labels[group.prompt]
-    answers = [
-        rewards.Sample(question, decode(sample.tokens), label, truncated=sample.finish == "length")
-        for sample in group.samples
+def _score(group: Group, prompts: Prompts, score, decode, plan: Plan) -> tuple[list, list]:
+    responses = [
+        prompts.response(group.prompt, decode(sample.tokens), sample.finish == "length") for sample in group.samples
     ]
-    for sample, result in zip(group.samples, score(answers), strict=True):
+    results = score(responses)
+    for sample, result in zip(group.samples, results, strict=True):
         sample.score, sample.why = float(result.reward), str(result.why)
         sample.reward = sample.score
         if plan.overlong_buffer:
             sample.reward += rewards.overlong_penalty(len(sample.tokens), plan.response, plan.overlong_buffer)
+    return responses, results
 
 
 def _all_truncated(counts: Counter) -> bool:
@@ -375,13 +407,45 @@ def _says_all_truncated(counts: Counter, plan: Plan) -> str:
     )
 
 
-def _hopeless(counts: Counter, kept: int, plan: Plan) -> str:
+class Verdicts:
+    """How many responses were judged on what grounds, and the first response of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, tuple[rewards.Sample, rewards.Score]] = {}
+
+    def add(self, responses: Sequence[rewards.Sample], scores: Sequence[rewards.Score]) -> None:
+        for response, score in zip(responses, scores, strict=True):
+            self.counts[str(score.why)] += 1
+            self.first.setdefault(str(score.why), (response, score))
+
+    def refuse_broken_reward(self) -> None:
+        """RolloutError if the reward could score none: it is at fault, not what the model writes."""
+        if self.counts and not self.counts.keys() - {rewards.Why.ERROR, rewards.Why.TIMED_OUT}:
+            score = self.first[min(self.first)][1]  # an error says more than a time limit
+            raise RolloutError(
+                f"the reward failed on all of {self.counts.total()} responses, the first with: "
+                f"{score.detail or score.why}. Correct the reward or its data, or raise --rm-deadline; "
+                "infir2.rl.rewards.find_reward(NAME)(Sample(...)) tries it"
+            )
+
+    def __str__(self) -> str:
+        why = self.counts.most_common(1)[0][0]
+        response = self.first[why][0]
+        return (
+            f"{', '.join(f'{number} {why}' for why, number in self.counts.most_common())}; the first response that is "
+            f"{why!r} ends in {response.response[-200:]!r}, its label is {str(response.label)[:80]!r}"
+        )
+
+
+def _hopeless(counts: Counter, kept: int, plan: Plan, verdicts: Verdicts) -> str:
     if _all_truncated(counts):
         return _says_all_truncated(counts, plan)
     return (
         f"{counts['groups']} groups gave only {kept} of the {plan.groups} whose samples' scores differ "
-        f"({counts['all_right']} all right, {counts['all_wrong']} all wrong); look at the answers (rollouts.jsonl): "
-        "the prompts are too easy or too hard for this model, or the reward does not find its answers. "
+        f"({counts['all_right']} all right, {counts['all_wrong']} all wrong). Of their responses {verdicts}. The "
+        "prompts are too easy or too hard for this model, or the reward does not find its answers (docs/RL.md, "
+        "'Rewards'). "
         "--max-sampling-rounds allows more"
     )
 
@@ -398,14 +462,14 @@ def evaluate(
     engine.submit(requests, sampling)
     found = {response.id: response for response in (engine.next() for _ in requests)}
     ordered = [found[request.id] for request in requests]
-    questions = [messages[-1]["content"] for messages in prompts.messages for _ in range(samples)]
-    labels = [label for label in prompts.labels for _ in range(samples)]
-    scored = score(
-        [
-            rewards.Sample(question, decode(response.tokens), label, truncated=response.finish == "length")
-            for question, response, label in zip(questions, ordered, labels, strict=True)
-        ]
-    )
+    responses = [
+        prompts.response(i // samples, decode(response.tokens), response.finish == "length")
+        for i, response in enumerate(ordered)
+    ]
+    scored = score(responses)
+    verdicts = Verdicts()
+    verdicts.add(responses, scored)
+    verdicts.refuse_broken_reward()
     values = [float(result.reward) for result in scored]
     return {
         "mean": float(np.mean(values)),
