@@ -29,7 +29,7 @@ evaluate = importlib.import_module("evaluate")
 pytest_plugins = ["eval_fixtures"]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)

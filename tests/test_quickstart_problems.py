@@ -127,7 +127,7 @@ def test_quickstart_refuses_before_set_up(tmp_path, model, message):
         "OUTPUT_ROOT": str(tmp_path),
     }
     done = subprocess.run(
-        ["bash", str(REPO / "scripts/quickstart.sh")], env=environment, capture_output=True, text=True, timeout=20
+        ["bash", str(REPO / "scripts/quickstart.sh")], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
     assert message in done.stderr

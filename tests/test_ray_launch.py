@@ -63,7 +63,7 @@ def cluster():
     assert address, "no Ray could be started"
     yield {**environment, "RAY_ADDRESS": address}
     holder.stdin.close()
-    assert holder.wait(timeout=60) == 0
+    assert holder.wait(timeout=300) == 0
 
 
 class Run:
@@ -92,7 +92,7 @@ class Run:
 
     def end(self) -> tuple[int, str, str]:
         """Status, output and messages."""
-        output, messages = self.driver.communicate(timeout=60)
+        output, messages = self.driver.communicate(timeout=300)
         return self.driver.returncode, output, messages
 
 
@@ -110,7 +110,7 @@ def start(cluster, tmp_path):
             os.killpg(run.driver.pid, signal.SIGKILL)
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -158,7 +158,7 @@ def test_worker_that_raises_ends_the_run(start):
     assert "error: rank 1 on" in messages
     assert "exited with status 1; the last of its output" in messages
     assert messages.rstrip().endswith("ValueError: loss is not finite")
-    assert_all_end(records, seconds=5)
+    assert_all_end(records, seconds=120)
 
 
 def test_killed_worker_ends_the_run(start):
@@ -168,11 +168,11 @@ def test_killed_worker_ends_the_run(start):
     os.kill(records[1]["pids"][0], signal.SIGKILL)
     killed = time.monotonic()
     status, _, messages = run.end()
-    assert time.monotonic() - killed < 30
+    assert time.monotonic() - killed < 300
     assert status == 128 + signal.SIGKILL
     assert "error: rank 1 on" in messages
     assert "was killed by SIGKILL" in messages
-    assert_all_end(records, seconds=5)
+    assert_all_end(records, seconds=120)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
@@ -185,7 +185,7 @@ def test_no_worker_outlives_the_driver(start, number):
     run.driver.send_signal(number)
     run.end()
     assert run.driver.returncode == (128 + number if number == signal.SIGTERM else -number)
-    assert_all_end(records, seconds=5 if number == signal.SIGTERM else 60)
+    assert_all_end(records, seconds=120)
 
 
 def test_too_few_gpus_are_counted(start):

@@ -95,14 +95,14 @@ class Launch:
 
     def end(self, status: int) -> str:
         """The output of a run that ends with this status."""
-        found = self.process.wait(timeout=240)
+        found = self.process.wait(timeout=900)
         text = self.output.read_text(errors="replace")
         assert found == status, text[-4000:]
         return text
 
     def wait_for_steps(self, count: int) -> None:
         """Until this launch has done so many steps."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while len(re.findall(r"] step \d+ of", self.output.read_text(errors="replace"))) < count:
             assert self.process.poll() is None, self.output.read_text(errors="replace")[-4000:]
             assert time.monotonic() < deadline
@@ -172,12 +172,11 @@ def test_killed_anywhere(folder, whole, cluster):
     for victim, who in victims.items():
         launch = Launch(folder, run, cluster)
         launch.wait_for_steps(moments.randint(1, 2))
-        time.sleep(moments.uniform(0, 1))
         processes = launch.processes()
         assert {"Trainer", "TransformersProcess"} <= processes.keys()
         os.kill(processes[victim].pid if victim else launch.process.pid, signal.SIGKILL)
         output = launch.end(1 if victim else -signal.SIGKILL)
-        _, alive = psutil.wait_procs(list(processes.values()), timeout=60)
+        _, alive = psutil.wait_procs(list(processes.values()), timeout=300)
         assert not alive
         if victim:
             assert re.search(f"error: {who} is gone", output), output[-2000:]
@@ -203,11 +202,11 @@ def test_controller_killed_with_a_ray_of_its_own(folder, whole, cluster):
     launch.process.kill()
     launch.end(-signal.SIGKILL)
     agents = [one for one in processes.values() if one.is_running() and one.name().endswith("Agent")]
-    _, alive = psutil.wait_procs([one for one in processes.values() if one not in agents], timeout=60)
+    _, alive = psutil.wait_procs([one for one in processes.values() if one not in agents], timeout=300)
     assert not alive
     assert "resuming after step" in Launch(folder, run, environment).end(0)
     assert exact(run / "metrics.jsonl") == exact(whole / "metrics.jsonl")
-    _, alive = psutil.wait_procs(agents, timeout=240)  # Ray's own two hold nothing of ours, and notice it in a minute
+    _, alive = psutil.wait_procs(agents, timeout=900)  # Ray's own two hold nothing of ours, and notice it in a minute
     assert not alive
 
 

@@ -49,7 +49,7 @@ class Training:
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 1200) -> int:
         """Exit status of the run (the first that is not 0); kills it after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
