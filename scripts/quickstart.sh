@@ -104,8 +104,14 @@ base() {
     fi
 }
 
-# sft_data NUMBER: tokenise a stage's conversations.
+# sft_data: tokenise the conversations of both stages.
 sft_data() {
+    stage sft_data1 "$QUICKSTART/sft_data1" tokenise 1
+    stage sft_data2 "$QUICKSTART/sft_data2" tokenise 2
+}
+
+# tokenise NUMBER: a stage's conversations.
+tokenise() {
     "$PYTHON" tools/prepare_data.py sft --input "$CONVERSATIONS/stage$1/train.jsonl" \
         --valid-input "$CONVERSATIONS/stage$1/valid.jsonl" --tokenizer "$HF_CHECKPOINT" --output "$QUICKSTART/sft_data$1"
 }
@@ -137,7 +143,8 @@ reinforce() {
     "$PYTHON" tools/side_by_side.py --run FP8 "$QUICKSTART/$run/log.txt" "$command" 2>&3 && touch "$QUICKSTART/reinforced$1"
 }
 
-# count_answers NAME "RUN..." "SET...": greedy answers of the runs' models to the sets' test problems, into NAME.json.
+# count_answers NAME "RUN..." "SET..." TOKENS: greedy answers of the runs' models to the sets' test problems, of TOKENS
+# at most, into NAME.json.
 count_answers() {
     local run problems models=() sets=()
     for run in $2; do
@@ -145,8 +152,8 @@ count_answers() {
         models+=(--model "$run=$QUICKSTART/hf/$run")
     done
     for problems in $3; do sets+=(--problems "$problems=$CONVERSATIONS/$problems/test.jsonl"); done
-    "$PYTHON" tools/answer_accuracy.py "${models[@]}" "${sets[@]}" --max-new-tokens 160 \
-        "${COUNT_FLAGS[@]}" --output "$QUICKSTART/$1.json"
+    "$PYTHON" tools/answer_accuracy.py "${models[@]}" "${sets[@]}" --max-new-tokens "$4" "${COUNT_FLAGS[@]}" \
+        --output "$QUICKSTART/$1.json"
 }
 
 # accuracy: both precisions' models before reinforcement learning.
@@ -155,7 +162,7 @@ accuracy() {
     for stage in "CPT_PRECISION_$MODEL" "SFT_PRECISION_${MODEL}_stage1" "SFT_PRECISION_${MODEL}_stage2"; do
         runs+=("InfiR2_${stage/PRECISION/FP8}" "InfiR2_${stage/PRECISION/BF16}")
     done
-    count_answers accuracy "${runs[*]}" "stage1 stage2"
+    count_answers accuracy "${runs[*]}" "stage1 stage2" 112 # the longest right answer has 88
 }
 
 # beside COMMAND...: run it in a process group of its own while the next stages run; its group is added to BESIDE, and
@@ -177,7 +184,7 @@ join() { wait "${BESIDE[-1]}"; }
 
 # plan: the stages that will run, in order, for the page.
 plan() {
-    echo corpus base data base_torch_dist pretraining conversations bigram sft_data1 sft_data2 sft_stage1 sft_stage2
+    echo conversations corpus base sft_data1 sft_data2 data base_torch_dist bigram pretraining sft_stage1 sft_stage2
     echo tuned_to_hf accuracy
     if ((${#REINFORCED[@]})); then echo rl_stage1 rl_stage2; fi
     echo to_hf to_fp8 answers
@@ -220,19 +227,21 @@ bigram() {
 run() {
     beside watch_progress
     log "the page, from now on: $QUICKSTART/report.html"
+    # Each of these takes one core: two at a time.
+    beside stage conversations "$CONVERSATIONS" "$PYTHON" tools/quickstart_conversations.py --output "$CONVERSATIONS" \
+        --questions "$QUESTIONS"
     stage corpus "$QUICKSTART/corpus" "$PYTHON" tools/quickstart_corpus.py --output "$QUICKSTART/corpus"
     stage base "$HF_CHECKPOINT" base
+    join
+    beside sft_data
     stage data "$QUICKSTART/data" "$PYTHON" tools/prepare_data.py cpt --input "$QUICKSTART/corpus/train.jsonl" \
         --valid-input "$QUICKSTART/corpus/valid.jsonl" --tokenizer "$HF_CHECKPOINT" --output "$QUICKSTART/data"
     stage base_torch_dist "$BASE" "$PYTHON" tools/convert_hf_to_torch_dist.py --input-dir "$HF_CHECKPOINT" --output-dir "$BASE"
+    stage bigram "$QUICKSTART/bigram.json" bigram
+    join
     stage pretraining "$QUICKSTART/pretrained" \
         both pretrained "$QUICKSTART/data" "$BASE" "CPT/InfiR2_CPT_PRECISION_$MODEL" "${CPT_FLAGS[@]}"
     if [[ $MODEL == tiny ]]; then beside set_up_evalscope 2>"$QUICKSTART/evalscope.log"; fi # `evaluation` waits for it
-    stage conversations "$CONVERSATIONS" "$PYTHON" tools/quickstart_conversations.py --output "$CONVERSATIONS" \
-        --questions "$QUESTIONS"
-    stage bigram "$QUICKSTART/bigram.json" bigram
-    stage sft_data1 "$QUICKSTART/sft_data1" sft_data 1
-    stage sft_data2 "$QUICKSTART/sft_data2" sft_data 2
     stage sft_stage1 "$QUICKSTART/fine_tuned1" \
         both fine_tuned1 "$QUICKSTART/sft_data1" "$QUICKSTART/InfiR2_CPT_PRECISION_$MODEL/checkpoints" \
         "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage1" "${SFT_FLAGS[@]}"
@@ -253,7 +262,7 @@ run() {
     if ((${#REINFORCED[@]})); then
         stage reinforced_to_hf "$QUICKSTART/hf/$LAST" hf_of "$LAST" # both of the next two read it
         beside stage rl_accuracy "$QUICKSTART/rl_accuracy.json" \
-            count_answers rl_accuracy "$TUNED ${REINFORCED[*]}" "rl1 rl2"
+            count_answers rl_accuracy "$TUNED ${REINFORCED[*]}" "rl1 rl2" 160
     fi
     if [[ $MODEL == tiny ]]; then
         stage evaluation "$QUICKSTART/evaluation/aime24/report" evaluation
