@@ -112,8 +112,8 @@ def test_every_flag_exists():
 
 
 def test_what_killed_processes_leave():
-    """Their temporary files lie in a folder that goes with the tests. Pins: two folders of wandb, which Megatron imports,
-    left in /tmp by each process that a test killed."""
+    """Their temporary files lie in a folder that goes with the tests. Pins: two folders of wandb, which Megatron
+    imports, left in /tmp by each process that a test killed."""
     program = "import os, signal, tempfile; print(tempfile.mkdtemp(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     left = Path(
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False).stdout.strip()
