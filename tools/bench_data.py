@@ -28,6 +28,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from infir2.files import json_lines
+
 REPO = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 0.05
 VERSES = 30  # of the Bible in a document
@@ -57,7 +59,7 @@ def bible_texts() -> Iterator[str]:
     import bible
 
     path = Path(bible.__file__).parent / "data" / "kjv.jsonl"
-    verses = [str(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    verses = [str(json.loads(line)) for line in json_lines(path)]
     for start in range(0, len(verses), VERSES):
         yield "\n".join(verses[start : start + VERSES])
 
