@@ -1,5 +1,11 @@
 import os
+import tempfile
 
+tempfile.gettempdir()  # this process keeps the usual one
+# A process that is killed leaves its temporary files (wandb makes two folders when it is imported, and Megatron imports
+# it): those of all that the tests start are in here, and go with the tests.
+_OF_CHILDREN = tempfile.TemporaryDirectory(prefix="infir2-tests-", ignore_cleanup_errors=True)
+os.environ["TMPDIR"] = _OF_CHILDREN.name
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", INFIR2_BACKEND="cpu")
 
 import numpy as np

@@ -2,7 +2,10 @@
 
 import argparse
 import ast
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -102,7 +105,19 @@ def test_every_flag_exists():
     words = {word for path in golden.glob("*") for word in path.read_text().split()}
     launcher = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
     launcher |= {"--", "--actor-num-nodes", "--actor-num-gpus-per-node", "--cpu", "--cwd"}  # infir2.ray_launch
-    used = {word for word in words if word.startswith("--")} - launcher
+    used = {word.partition("=")[0] for word in words if word.startswith("--")} - launcher
     used |= {word for kind in ("cpu", "gpu") for word in backend.arguments(kind) if word.startswith("--")}
     assert len(used) > 50
     assert used - with_megatron("test_backend", "known_flags") == set()
+
+
+def test_what_killed_processes_leave():
+    """Their temporary files lie in a folder that goes with the tests. Pins: two folders of wandb, which Megatron
+    imports, left in /tmp by each process that a test killed."""
+    program = "import os, signal, tempfile; print(tempfile.mkdtemp(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    left = Path(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False).stdout.strip()
+    )
+    assert left.is_dir()
+    assert left.parent == Path(os.environ["TMPDIR"])
+    assert left.parent.parent == Path(tempfile.gettempdir())

@@ -21,10 +21,12 @@ def run():
     linear = F.linear(x, w, b)
     batched = x @ m
     attention = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    seen = torch.arange(48)[:, None] - torch.arange(48)
+    masked = F.scaled_dot_product_attention(q, k, v, attn_mask=-seen.abs().bfloat16(), enable_gqa=True)
     added = torch.baddbmm(m[:, :48, :80] * 0 + 1, x, m)
-    for out in (linear, batched, attention, added):
+    for out in (linear, batched, attention, masked, added):
         (out.float() ** 2).sum().backward(retain_graph=True)
-    return [linear, batched, attention, added, *(t.grad for t in (x, w, b, q, k, v, m))]
+    return [linear, batched, attention, masked, added, *(t.grad for t in (x, w, b, q, k, v, m))]
 
 plain = run()
 wide = [torch.randn(4, 8), torch.randn(8, 4, dtype=torch.float64)]

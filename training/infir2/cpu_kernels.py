@@ -78,7 +78,8 @@ def _raised(kernel, first_alone: bool) -> Callable:
     def run(*args, **kwargs):
         if not any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in args):
             return kernel.call_boxed(keys, *args, **kwargs)
-        found = kernel.call_boxed(keys, *map(_raise, args), **kwargs)
+        raised = {name: _raise(value) for name, value in kwargs.items()}
+        found = kernel.call_boxed(keys, *map(_raise, args), **raised)
         if not isinstance(found, tuple):
             return found.bfloat16()
         return tuple(x if first_alone and i else x.bfloat16() for i, x in enumerate(found))
