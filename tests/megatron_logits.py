@@ -6,6 +6,8 @@ import sys
 import numpy as np
 import torch
 
+UNUSED = ["--lr", "1e-3", "--train-iters", "1", "--global-batch-size", "1"]  # a run has to name them
+
 
 def logits(flags: list[str], checkpoint: str, tokens: list[list[int]]) -> np.ndarray:
     """[batch, positions, vocabulary] in FP32, for the model that `flags` and the weights in `checkpoint` make."""
@@ -18,7 +20,7 @@ def logits(flags: list[str], checkpoint: str, tokens: list[list[int]]) -> np.nda
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(engine._free_port())
-    sys.argv = ["logits", *flags, "--load", checkpoint, "--mock-data"]
+    sys.argv = ["logits", *flags, "--load", checkpoint, "--mock-data", *UNUSED]
     engine.parse(pretrain.Pretraining(), "cpu", "pow2")
     initialize.initialize_megatron(allow_no_cuda=True)
     config = gpt_config_from_args(training.get_args())

@@ -42,6 +42,7 @@ def placed() -> Iterator[None]:
             model.mkdir(parents=True)
             for file in ("config.json", "tokenizer.json"):
                 (model / file).write_text("{}")
+            (model / "generation_config.json").write_text('{"eos_token_id": 0}')
             (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
         SETTINGS.update(DATASET_LOCAL=str(PLACE / "data"), MODEL_PATH=str(PLACE / "models/FP8"))
         yield

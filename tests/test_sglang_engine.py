@@ -116,7 +116,7 @@ def test_requests_of_a_dead_engine_are_sent_to_another():
     """Pins: requests lost with an engine, an engine asked again after its death, and a wait without end when none is
     left."""
     with running(Fake(), Fake()) as fakes:
-        fakes[0].token_seconds = 3600
+        fakes[0].token_seconds = 2
         client = client_of(*fakes)
         client.submit(requests(20, 10), SAMPLING)
         wait_until_running(fakes[0], 10)
