@@ -160,7 +160,7 @@ def test_learns(whole):
 
 
 def test_killed_anywhere(folder, whole, cluster):
-    """SIGKILL of the engine, of the trainer and of the controller, each after some steps, the first behind a checkpoint:
+    """SIGKILL of the engine, of the trainer and of the controller, each after some steps, the first after a save:
     nothing of the run stays, a run that loses a process says which, and the same command goes on to the same metrics
     and the same bits.
 
