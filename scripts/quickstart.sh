@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, then run the recipe on this machine: about 15 minutes on 2 CPU cores. Run again, it reuses what is there.
+# Set up, then run the recipe on this machine: about 12 minutes on 2 CPU cores. Run again, it reuses what is there.
 #
 #   bash scripts/quickstart.sh                          # a tiny model, random at first; on a CPU or a GPU
 #   QUICK=1 bash scripts/quickstart.sh                  # a few steps a stage: does the installation work? 4 minutes
