@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tolerances import BF16_OUTPUT
 
 from infir2 import cpu_kernels
@@ -88,3 +91,23 @@ def test_an_unknown_choice_lists_the_known(monkeypatch):
     monkeypatch.setenv("INFIR2_CPU_MATMUL", "fp16")
     with pytest.raises(ValueError, match="INFIR2_CPU_MATMUL is 'fp16'; known: fp32, bf16"):
         cpu_kernels.chosen()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.booleans(), st.integers(0, 99))
+def test_attention_of_one_new_token(batch, groups, share, length, masked, seed):
+    """Attention by groups against FP64 by the formula, some places masked. Pins: heads in another order, a mask that is
+    left out."""
+    draw = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(batch, n, t, 16, generator=draw).bfloat16()
+        for n, t in ((groups * share, 1), (groups, length), (groups, length))
+    )
+    seen = torch.ones(batch, 1, 1, length, dtype=torch.bool)
+    if masked:
+        seen[..., : length - 1] = torch.rand(batch, 1, 1, length - 1, generator=draw) < 0.5
+    found, _ = cpu_kernels._attend(None, q, k, v, seen if masked else None, scaling=0.3)
+    scores = torch.einsum("bhtd,bhsd->bhts", q.double(), k.double().repeat_interleave(share, 1)) * 0.3
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = (weights @ v.double().repeat_interleave(share, 1)).transpose(1, 2)
+    assert (found - expected).abs().max() <= BF16_OUTPUT * v.double().abs().max()

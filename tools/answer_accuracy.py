@@ -47,7 +47,7 @@ def respond(model_dir: Path, questions: list[str], max_new_tokens: int, label: s
 
     from infir2 import cpu_kernels
 
-    cpu_kernels.install()
+    cpu_kernels.install_for_generation()
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
     if torch.cuda.is_available():

@@ -22,7 +22,7 @@ def generate(model_dir: Path, prompts: list[str], max_new_tokens: int, chat: boo
 
     from infir2 import cpu_kernels
 
-    cpu_kernels.install()
+    cpu_kernels.install_for_generation()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
     if torch.cuda.is_available():

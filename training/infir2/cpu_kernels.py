@@ -7,6 +7,8 @@ The same for attention, whose softmax then sees unrounded scores.
 
 `install` replaces torch's own kernels for BF16 on the CPU, so training, generation and evaluation gain alike, their
 backward passes too. FP32 and every other type go to torch's kernels as before.
+
+`install_for_generation` adds what transformers does slowly on every CPU: attention of one new token.
 """
 
 import functools
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHOICE = "INFIR2_CPU_MATMUL"
@@ -62,6 +65,33 @@ def install() -> None:
         for name in _PRODUCTS:
             raised = _raised(torch.library.get_kernel(f"aten::{name}", "CPU"), name == _ATTENTION)
             _LIBRARY.impl(name, raised, "CPU", allow_override=True)
+
+
+def install_for_generation() -> None:
+    """`install`, and attention by groups for transformers' models."""
+    install()
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("sdpa", _attend)
+
+
+def _attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
+    """transformers' interface: query [B, H, T, D], key and value [B, KV, S, D] -> [B, T, H, D] and None.
+
+    A single new token is one position for every head of a group, under one mask. So the heads of a group are handed
+    over as positions: keys and values are read once a group instead of copied once a head, in a quarter of the time.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    (batch, heads, tokens, width), groups = query.shape, key.shape[1]
+    if query.is_cuda or tokens > 1 or (attention_mask is not None and attention_mask.shape[1] > 1):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    grouped = query.reshape(batch, groups, heads // groups, width)
+    if attention_mask is not None:
+        attention_mask = attention_mask.expand(batch, groups, heads // groups, -1)
+    scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
+    found = F.scaled_dot_product_attention(grouped, key, value, attention_mask, dropout, scale=scale)
+    return found.reshape(batch, 1, heads, width), None
 
 
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"

@@ -3,7 +3,7 @@
 from infir2 import cpu_kernels
 
 if __name__ == "__main__":
-    cpu_kernels.install()
+    cpu_kernels.install_for_generation()
     from transformers.cli.transformers import main
 
     main()

@@ -73,7 +73,7 @@ class TransformersEngine:
     """
 
     def __init__(self, folder: Path | str, scale_fmt: str, batch: int = 256) -> None:
-        cpu_kernels.install()
+        cpu_kernels.install_for_generation()
         config = AutoConfig.from_pretrained(folder)
         self.precision, quantization = "bf16", getattr(config, "quantization_config", None)
         if quantization is not None:
