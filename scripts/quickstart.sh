@@ -46,7 +46,7 @@ fi
 LAST=$TUNED
 exec 3>&2 # the terminal: a stage's own output goes to its log
 mkdir -p "$QUICKSTART/running"
-rm -f "$QUICKSTART/running"/*
+rm -f "$QUICKSTART/running"/* "$QUICKSTART/ray_address"
 
 # QUICK=1: flags that make each stage a few steps long. They come last, so they win.
 CPT_FLAGS=() SFT_FLAGS=() RL_FLAGS=() COUNT_FLAGS=() REPORT_FLAGS=() QUESTIONS=24
@@ -182,13 +182,26 @@ trap end_beside EXIT
 
 join() { wait "${BESIDE[-1]}"; }
 
+# share_ray: hold a Ray that the next stages run on; each run would else start one, seconds every time. On a GPU each
+# run asks for the device, so each has a Ray of its own.
+share_ray() {
+    if (($(gpu_count) > 0)) || [[ -e $QUICKSTART/reinforced2 ]]; then return; fi
+    RAY_AUTH_TOKEN=$(od -An -N 32 -tx1 /dev/urandom | tr -d ' \n')
+    export RAY_AUTH_TOKEN INFIR2_BACKEND=cpu
+    beside "$PYTHON" -m infir2.ray_share "$QUICKSTART/ray_address" 2>"$QUICKSTART/ray.log"
+}
+
+# shared_ray: the address of share_ray's, where it is there by now.
+shared_ray() { cat "$QUICKSTART/ray_address" 2>/dev/null || echo local; }
+
 # plan: the stages that will run, in order, for the page.
 plan() {
     echo conversations corpus base sft_data1 sft_data2 data base_torch_dist bigram pretraining sft_stage1 sft_stage2
     echo tuned_to_hf accuracy
+    if [[ $MODEL == tiny ]]; then echo early_evaluation; fi
     if ((${#REINFORCED[@]})); then echo rl_stage1 rl_stage2; fi
     echo to_hf to_fp8 answers
-    if ((${#REINFORCED[@]})); then echo reinforced_to_hf rl_accuracy; fi
+    if ((${#REINFORCED[@]})); then echo rl_accuracy; fi
     if [[ $MODEL == tiny ]]; then echo evaluation; fi
 }
 
@@ -200,22 +213,39 @@ watch_progress() {
     "$PYTHON" tools/quickstart_progress.py "$QUICKSTART" "${words[@]}"
 }
 
+# last_to_hf: the last run's model, where people look for it.
+last_to_hf() { hf_of "$LAST" && rm -rf "$HF.tmp" && cp -r "$QUICKSTART/hf/$LAST" "$HF.tmp" && mv "$HF.tmp" "$HF"; }
+
 answer() {
     "$PYTHON" tools/generate.py --model "$HF" --chat --max-new-tokens 160 --prompt "What is 27 + 45?" \
         --prompt "What is 58 + 67 + 89?" --prompt "What is 99 + 99 + 99?" >"$QUICKSTART/answers.json.tmp" &&
         mv "$QUICKSTART/answers.json.tmp" "$QUICKSTART/answers.json"
 }
 
-# evaluation: the last model as block FP8, then each stage's FP8 run as BF16, served and asked through evalscope. The
-# report compares the first with each other one.
-evaluation() {
-    local run models=(--model "FP8=$HF_FP8")
-    for run in "InfiR2_CPT_FP8_$MODEL" "${TUNED%2}1" "$TUNED" "${REINFORCED[@]}"; do
-        models+=(--model "$run=$QUICKSTART/hf/$run")
-    done
-    set_up_evalscope && "$PYTHON" tools/evaluate.py --benchmark aime24 --dataset "$CONVERSATIONS/aime24" "${models[@]}" \
+# evaluate WORD...: models (--model NAME=FOLDER), served and asked through evalscope; what is answered stays.
+evaluate() {
+    set_up_evalscope && "$PYTHON" tools/evaluate.py --benchmark aime24 --dataset "$CONVERSATIONS/aime24" "$@" \
         --samples 1 --max-tokens 176 --temperature 0 --top-p 1 --prompt-template '{question}' \
         --evalscope "$EVALSCOPE_PYTHON" --output "$QUICKSTART/evaluation"
+}
+
+# evaluation [early]: the last model as block FP8, then each stage's FP8 run as BF16; the report compares the first with
+# each other one. `early`: the runs before reinforcement learning alone.
+evaluation() {
+    local run models=()
+    for run in "InfiR2_CPT_FP8_$MODEL" "${TUNED%2}1" "$TUNED"; do models+=(--model "$run=$QUICKSTART/hf/$run"); done
+    if [[ ${1:-} == early ]]; then
+        evaluate "${models[@]}" && touch "$QUICKSTART/evaluated_early"
+        return
+    fi
+    for run in "${REINFORCED[@]}"; do models+=(--model "$run=$QUICKSTART/hf/$run"); done
+    evaluate --model "FP8=$HF_FP8" "${models[@]}" && touch "$QUICKSTART/evaluated"
+}
+
+# second_core: what runs beside reinforcement learning, which takes one.
+second_core() {
+    stage accuracy "$QUICKSTART/accuracy.json" accuracy
+    if [[ $MODEL == tiny ]]; then stage early_evaluation "$QUICKSTART/evaluated_early" evaluation early; fi
 }
 
 bigram() {
@@ -227,6 +257,7 @@ bigram() {
 run() {
     beside watch_progress
     log "the page, from now on: $QUICKSTART/report.html"
+    share_ray
     # Each of these takes one core: two at a time.
     beside stage conversations "$CONVERSATIONS" "$PYTHON" tools/quickstart_conversations.py --output "$CONVERSATIONS" \
         --questions "$QUESTIONS"
@@ -241,7 +272,7 @@ run() {
     join
     stage pretraining "$QUICKSTART/pretrained" \
         both pretrained "$QUICKSTART/data" "$BASE" "CPT/InfiR2_CPT_PRECISION_$MODEL" "${CPT_FLAGS[@]}"
-    if [[ $MODEL == tiny ]]; then beside set_up_evalscope 2>"$QUICKSTART/evalscope.log"; fi # `evaluation` waits for it
+    RAY_ADDRESS=$(shared_ray)
     stage sft_stage1 "$QUICKSTART/fine_tuned1" \
         both fine_tuned1 "$QUICKSTART/sft_data1" "$QUICKSTART/InfiR2_CPT_PRECISION_$MODEL/checkpoints" \
         "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage1" "${SFT_FLAGS[@]}"
@@ -249,24 +280,21 @@ run() {
         both fine_tuned2 "$QUICKSTART/sft_data2" "$QUICKSTART/InfiR2_SFT_PRECISION_${MODEL}_stage1/checkpoints" \
         "SFT/InfiR2_SFT_PRECISION_${MODEL}_stage2" "${SFT_FLAGS[@]}"
     stage tuned_to_hf "$QUICKSTART/hf/$TUNED" hf_of "$TUNED"
-    beside stage accuracy "$QUICKSTART/accuracy.json" accuracy # it and the stages of reinforcement learning take a core each
+    beside second_core
     if ((${#REINFORCED[@]})); then
         stage rl_stage1 "$QUICKSTART/reinforced1" reinforce 1 "$TUNED"
         stage rl_stage2 "$QUICKSTART/reinforced2" reinforce 2 "${REINFORCED[0]}"
         LAST=${REINFORCED[1]}
     fi
     join
-    stage to_hf "$HF" to_hf "$LAST" "$HF"
-    stage to_fp8 "$HF_FP8" to_fp8 "$HF" "$HF_FP8"
-    stage answers "$QUICKSTART/answers.json" answer
+    stage to_hf "$HF" last_to_hf
     if ((${#REINFORCED[@]})); then
-        stage reinforced_to_hf "$QUICKSTART/hf/$LAST" hf_of "$LAST" # both of the next two read it
         beside stage rl_accuracy "$QUICKSTART/rl_accuracy.json" \
             count_answers rl_accuracy "$TUNED ${REINFORCED[*]}" "rl1 rl2" 160
     fi
-    if [[ $MODEL == tiny ]]; then
-        stage evaluation "$QUICKSTART/evaluation/aime24/report" evaluation
-    fi
+    stage to_fp8 "$HF_FP8" to_fp8 "$HF" "$HF_FP8"
+    stage answers "$QUICKSTART/answers.json" answer
+    if [[ $MODEL == tiny ]]; then stage evaluation "$QUICKSTART/evaluated" evaluation; fi
     join
     kill -- "-${BESIDE[0]}" # the page under way makes room for the finished one
     wait "${BESIDE[0]}" 2>/dev/null || true

@@ -40,16 +40,16 @@ REFERENCE = {
     "sft_stage2": (150, "Fine-tuning, stage 2: three numbers"),
     "tuned_to_hf": (2, "The model in Hugging Face's format"),
     "accuracy": (60, "Answers of each stage's models counted"),
+    "early_evaluation": (40, "The models so far through evalscope"),
     "rl_stage1": (60, "Reinforcement learning, stage 1"),
     "rl_stage2": (60, "Reinforcement learning, stage 2"),
     "to_hf": (2, "The last model in Hugging Face's format"),
     "to_fp8": (2, "Cast to block FP8"),
     "answers": (5, "Three answers"),
-    "reinforced_to_hf": (1, "The last model for the next two"),
     "rl_accuracy": (40, "Answers after reinforcement learning counted"),
-    "evaluation": (60, "Evaluation through evalscope"),
+    "evaluation": (40, "Evaluation through evalscope"),
 }
-BESIDE = {"accuracy", "rl_accuracy"}  # they run beside others: their time adds nothing
+BESIDE = {"accuracy", "early_evaluation", "rl_accuracy"}  # they run beside others: their time adds nothing
 CURVES = {"pretraining": "CPT_*", "sft_stage1": "SFT_*_stage1", "sft_stage2": "SFT_*_stage2"}
 CURVES |= {"rl_stage1": "RL_*_stage1", "rl_stage2": "RL_*_stage2"}
 
