@@ -110,7 +110,7 @@ def test_page(folder):
 def test_stages_of_the_script_are_known():
     """Pins: a stage that the script runs and the page does not know."""
     text = (REPO / "scripts/quickstart.sh").read_text()
-    names = set(re.findall(r"^ +(?:beside )?stage (\w+) ", text, re.MULTILINE))
+    names = set(re.findall(r"(?:^ +|then |beside )stage (\w+) ", text, re.MULTILINE))
     assert names <= progress.REFERENCE.keys()
     assert {"corpus", "pretraining", "evaluation", "rl_accuracy"} <= names
 
