@@ -187,7 +187,7 @@ join() { wait "${BESIDE[-1]}"; }
 share_ray() {
     if (($(gpu_count) > 0)) || [[ -e $QUICKSTART/reinforced2 ]]; then return; fi
     RAY_AUTH_TOKEN=$(od -An -N 32 -tx1 /dev/urandom | tr -d ' \n')
-    export RAY_AUTH_TOKEN INFIR2_BACKEND=cpu
+    export RAY_AUTH_TOKEN RAY_AUTH_MODE=token INFIR2_BACKEND=cpu
     beside "$PYTHON" -m infir2.ray_share "$QUICKSTART/ray_address" 2>"$QUICKSTART/ray.log"
 }
 

@@ -203,3 +203,9 @@ def test_nothing_measured(tmp_path):
     )
     assert done.returncode == 1
     assert "x: ended with status [2]: the warmup takes 9 of 5 steps" in done.stdout
+
+
+def test_variables_of_an_arm():
+    """Pins: a variable handed to the engine as a flag, a flag with a value taken for a variable."""
+    name, arm = bench_step.Arm.parse("safe=fp8 --flash-attention-4 NVTE_X=0 --log-interval=2")
+    assert (name, arm) == ("safe", bench_step.Arm("fp8", ("--flash-attention-4", "--log-interval=2"), ("NVTE_X=0",)))

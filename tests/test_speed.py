@@ -638,8 +638,9 @@ class FlashAttentionInFp64:
         return out, torch.zeros(1), None, None, None
 
     @classmethod
-    def _flash_attn_bwd(cls, q, k, v, out, dout, lse, *, dq, dk, dv, softmax_scale, causal, **lengths):
+    def _flash_attn_bwd(cls, q, k, v, out, dout, lse, *, dq, dk, dv, softmax_scale, causal, deterministic, **lengths):
         assert causal
+        assert deterministic == (os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0")
         for *inputs, output, gradient, its_dq, its_dk, its_dv in cls.parts(lengths, q, k, v, out, dout, dq, dk, dv):
             inputs = [one.detach().double().requires_grad_() for one in inputs]
             with torch.enable_grad():
@@ -657,7 +658,7 @@ class Attention:
 
     def __init__(self, **other):
         plain = {"softmax_type": "vanilla", "window_size": None, "context_parallel_size": 1, "softmax_scale": None}
-        off = ("deterministic_mode", "qk_clip", "log_max_attention_logit", "apply_query_key_layer_scaling")
+        off = ("qk_clip", "log_max_attention_logit", "apply_query_key_layer_scaling")
         self.config = SimpleNamespace(**{**plain, **dict.fromkeys(off, False), "attention_dropout": 0.0, **other})
 
 
@@ -689,10 +690,11 @@ def attention_of_a_head(q, k, v, scale):
 
 
 @pytest.mark.parametrize("packed", [None, packs(0, 3, 4, 11)])
-@pytest.mark.parametrize("scale", [None, 0.5])
-def test_flash_attention(packed, scale, flash_attn):
+@pytest.mark.parametrize(("scale", "repeats"), [(None, "0"), (0.5, "1")])
+def test_flash_attention(packed, scale, repeats, flash_attn, monkeypatch):
     """Output and gradients lie as Megatron has them: sequence, sample, head, dimension. Pins samples taken for
     positions, packed sequences that see the one before, gradients of k and v of half of the heads."""
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", repeats)
     inputs = [one.detach().requires_grad_() for one in (heads(11) if packed else heads(7, 2))]
 
     def refuse(*args, **options):
@@ -721,7 +723,6 @@ ATTENTION_OF_OTHERS = {
     "sink": {"softmax_type": "learnable"},
     "dropout": {"attention_dropout": 0.1},
     "context parallel": {"context_parallel_size": 2},
-    "deterministic": {"deterministic_mode": True},
 }
 
 

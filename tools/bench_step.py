@@ -3,13 +3,14 @@
     python tools/bench_step.py --shape 1.5B --seq-length 8192 --micro-batch-size 2 --output out/1.5B-8k
     python tools/bench_step.py --shape 7B --seq-length 32768 --layers 4 --arms stock-bf16-ce bf16 fp8 --output out/7B
     python tools/bench_step.py --arm 'fp8-large=fp8 --fused-linear-cross-entropy --micro-batch-size 4' --output out/4
+    python tools/bench_step.py --arm 'safe=fp8 --flash-attention-4 NVTE_ALLOW_NONDETERMINISTIC_ALGO=0' --output out/safe
 
-An arm is a named precision and flags. "stock" arms have none of this repository's work on speed; the first arm is the
-control. Models of several arms do not fit into one GPU, so each arm is a process of `infir2.pretrain`, and they
-alternate: every round runs each arm once, for `--warm-up` and then `--timed` steps. The next process imports while the
-one before it runs and touches the GPU when told to. A step's time is from the start of its first forward pass to that
-of the next step's, waiting for the GPU at both: data, optimizer and logging included. Each arm's first round ends with
-a profiled step.
+An arm is a named precision, flags, and variables (NAME=VALUE). "stock" arms have none of this repository's work on
+speed; the first arm is the control. Models of several arms do not fit into one GPU, so each arm is a process of
+`infir2.pretrain`, and they alternate: every round runs each arm once, for `--warm-up` and then `--timed` steps. The
+next process imports while the one before it runs and touches the GPU when told to. A step's time is from the start of
+its first forward pass to that of the next step's, waiting for the GPU at both: data, optimizer and logging included.
+Each arm's first round ends with a profiled step.
 
 Writes OUTPUT.json after every arm, so that a run that is cut off, or an arm that fails, costs nothing else; prints
 medians, quartiles, the ratios of steps with the same number in the same round, and where the time goes. Without
@@ -21,6 +22,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -52,14 +54,15 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a precision of `infir2.precision`, and flags."""
+    """One way to train: a precision of `infir2.precision`, flags, and variables of its environment, NAME=VALUE."""
 
     precision: str
     flags: tuple[str, ...]
+    variables: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> tuple[str, "Arm"]:
-        """Of NAME=PRECISION FLAG..."""
+        """Of NAME=PRECISION FLAG... VARIABLE=VALUE..."""
         name, _, rest = text.partition("=")
         words = shlex.split(rest)
         if not words:
@@ -68,7 +71,8 @@ class Arm:
             raise argparse.ArgumentTypeError(f"'{name}' names a folder: take letters and digits")
         if words[0] not in precision.PRECISIONS:
             raise argparse.ArgumentTypeError(f"unknown precision '{words[0]}'; known: {' '.join(precision.PRECISIONS)}")
-        return name, cls(words[0], tuple(words[1:]))
+        variables = tuple(word for word in words[1:] if re.match(r"[A-Z][A-Z0-9_]*=", word))
+        return name, cls(words[0], tuple(word for word in words[1:] if word not in variables), variables)
 
 
 STOCK = ("--no-gradient-accumulation-fusion",)
@@ -262,7 +266,7 @@ class Worker:
             self.processes = [
                 subprocess.Popen(
                     command if rank == 0 else _without_trace(command),
-                    env=_environment(arguments, rank, port),
+                    env=_environment(arguments, rank, port) | dict(word.split("=", 1) for word in arm.variables),
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -570,12 +570,18 @@ def test_flash_attention(length, samples, heads, groups, dimension, boundaries, 
 
 
 def test_time_of_flash_attention(monkeypatch):
-    """Prints ms and TFLOP/s of both, forward and backward, at the recipe's lengths."""
+    """Prints ms and TFLOP/s of both, forward and backward, at the recipe's lengths, and with the backward that repeats.
+    Of that, ten calls give the same bits."""
     pytest.importorskip("flash_attn.cute")
     monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
     for length, samples, heads, groups in ((8192, 2, 12, 2), (32768, 1, 12, 2), (8192, 2, 28, 4), (32768, 1, 28, 4)):
-        _, _, cudnn, flash = attention(length, samples, heads, groups)
-        found = {name: milliseconds(call) for name, call in (("cudnn", cudnn), ("flash", flash))}
+        found = {}
+        for suffix, allowed in ("", "1"), (" that repeats", "0"):
+            monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", allowed)
+            _, _, cudnn, flash = attention(length, samples, heads, groups)
+            found |= {name + suffix: milliseconds(call) for name, call in (("cudnn", cudnn), ("flash", flash))}
+        first = flash()
+        assert all(torch.equal(a, b) for _ in range(9) for a, b in zip(first, flash(), strict=True))
         rates = {name: round(7e-9 * length**2 * samples * heads * 128 / ms) for name, ms in found.items()}
         print(json.dumps({"length": length, "heads": heads, "ms": found, "TFLOP/s": rates}))
 

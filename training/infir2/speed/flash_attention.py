@@ -6,9 +6,13 @@ which FlashAttention 4 reads as an empty one since Dao-AILab/flash-attention#249
 everywhere, and nothing says so (NVIDIA/TransformerEngine#3528). infir2.engine refuses that flag. TransformerEngine also
 copies q, k, v [s, b, h, d] and their gradients to batches first; here they are read and written where they lie.
 
+Its backward adds up the gradient of q in the order in which its blocks end, so two runs differ in their last bits. With
+NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, TransformerEngine's own switch, the blocks wait for each other.
+
 What is not plain causal self-attention in BF16 or FP16, of whole or of packed sequences, goes on to TransformerEngine.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +69,8 @@ class _FlashAttention(torch.autograd.Function):
         *operands, logsumexp = ctx.saved_tensors
         gradients = [one.new_empty(one.shape) for one in operands[:3]]
         dq, dk, dv = _batch_first(*gradients)
-        _flash_attn_bwd(*_batch_first(*operands, gradient), logsumexp, dq=dq, dk=dk, dv=dv, **ctx.options)
+        options = ctx.options | {"deterministic": os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"}
+        _flash_attn_bwd(*_batch_first(*operands, gradient), logsumexp, dq=dq, dk=dk, dv=dv, **options)
         return *gradients, None, None
 
 
@@ -78,7 +83,7 @@ def _applies(attention: Any, mask: Any) -> bool:
     """Whether a layer is plain causal self-attention of one rank."""
     config = attention.config
     plain = config.softmax_type == "vanilla" and config.window_size is None and config.context_parallel_size == 1
-    more = config.deterministic_mode or config.qk_clip or config.log_max_attention_logit or attention.num_splits
+    more = config.qk_clip or config.log_max_attention_logit or attention.num_splits
     dropout = attention.training and config.attention_dropout
     scaled = config.apply_query_key_layer_scaling
     return plain and not (more or dropout or scaled) and mask.name == "causal"
