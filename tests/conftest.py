@@ -14,18 +14,16 @@ from trainer import MODEL
 
 from infir2.indexed import IndexedWriter
 
-LONGEST = ("test_resume", "test_rl", "test_ray_launch", "test_training", "test_eval", "test_sft", "test_policy")
-ON_RAY = ("test_rl", "test_ray_launch")  # which look for a Ray on this machine
+LONGEST = (
+    *("test_rl", "test_eval", "test_resume", "test_convert", "test_training", "test_ray_launch", "test_speed"),
+    *("test_sft", "test_sglang_engine", "test_language_model", "test_bench_step", "test_eval_scripts"),
+)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Spread the files over the workers, the longest first; a file stays together, with what its tests share."""
+    """The longest files first: a file stays on one worker, and the short ones fill up what is left at the end."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("ray" if name in ON_RAY else name))
 
 
 @pytest.fixture(scope="session")

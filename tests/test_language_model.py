@@ -66,23 +66,27 @@ KINDS = {  # (pad, eos)
 }
 
 
+def all_batches(prefix: str, cache: str, pad: int | None, eos: int) -> dict[tuple[int, int], list[dict]]:
+    """`batches` by workers and first sample. Needs Megatron."""
+    return {at: batches(prefix, cache, pad, eos, *at) for at in ((0, 0), (2, 0), (2, 77))}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("workers", "first"), [(0, 0), (2, 0), (2, 77)])
-def test_the_model_sees_what_is_stored(stored, tmp_path, kind, workers, first):
+def test_the_model_sees_what_is_stored(stored, tmp_path, kind):
     """Tokens and labels are the stored ones, every position is trained, whatever the tokenizer calls pad, with several
     workers, and from a later sample on, as after a resume.
 
     Pins: document ends that become token 0 and are not learned, a mask of the first sample in all later ones.
     """
     prefix, documents = stored
-    pad, eos = KINDS[kind]
-    found = with_megatron("test_language_model", "batches", str(prefix), str(tmp_path), pad, eos, workers, first)
-    assert len(found) == 240 - first
-    stream = np.concatenate([documents[i] for i in found[0]["documents"]])
-    for sample in found:
-        start = sample["place"] * LENGTH
-        wanted = stream[start : start + LENGTH + 1]
-        assert np.array_equal(sample["tokens"], wanted[:-1])
-        assert np.array_equal(sample["labels"], wanted[1:])
-        assert sample["loss_mask"].all()
-    assert sum((sample["labels"] == DOCUMENT_END).sum() for sample in found) > 100
+    loaded = with_megatron("test_language_model", "all_batches", str(prefix), str(tmp_path), *KINDS[kind])
+    for (_, first), found in loaded.items():
+        assert len(found) == 240 - first
+        stream = np.concatenate([documents[i] for i in found[0]["documents"]])
+        for sample in found:
+            start = sample["place"] * LENGTH
+            wanted = stream[start : start + LENGTH + 1]
+            assert np.array_equal(sample["tokens"], wanted[:-1])
+            assert np.array_equal(sample["labels"], wanted[1:])
+            assert sample["loss_mask"].all()
+        assert sum((sample["labels"] == DOCUMENT_END).sum() for sample in found) > 100

@@ -162,21 +162,28 @@ def test_learns(whole):
 def test_killed_anywhere(folder, whole, cluster):
     """SIGKILL of the engine, of the trainer and of the controller, each after some steps, the first after a save:
     nothing of the run stays, a run that loses a process says which, and the same command goes on to the same metrics
-    and the same bits.
+    and the same bits. Once with a Ray of the run's own, as the scripts start it on one machine, which ends too.
 
     Pins: prompts seen twice or left out after a resume, random numbers that begin anew, ratios or Adam's moments lost,
-    a controller that waits for a process that is gone, processes that outlive their run.
+    a controller that waits for a process that is gone; processes, a Ray, a model in memory that outlive their run.
     """
-    run = folder / "killed"
-    victims = {"TransformersProcess": "the engine", "Trainer": r"trainer 0 on .*", None: ""}
-    for (victim, who), steps in zip(victims.items(), (SAVE_INTERVAL + 1, 1, 2), strict=True):
-        launch = Launch(folder, run, cluster)
+    run, own = folder / "killed", {**cluster, "RAY_ADDRESS": "local"}
+    agents = []
+    for victim, who, ray, steps in (
+        ("TransformersProcess", "the engine", cluster, SAVE_INTERVAL + 1),
+        ("Trainer", r"trainer 0 on .*", cluster, 1),
+        (None, "", cluster, 1),
+        (None, "", own, 2),
+    ):
+        launch = Launch(folder, run, ray)
         launch.wait_for_steps(steps)
         processes = launch.processes()
         assert {"Trainer", "TransformersProcess"} <= processes.keys()
+        assert any("raylet" in process.name() for process in processes.values()) == (ray is own)
         os.kill(processes[victim].pid if victim else launch.process.pid, signal.SIGKILL)
         output = launch.end(1 if victim else -signal.SIGKILL)
-        _, alive = psutil.wait_procs(list(processes.values()), timeout=300)
+        agents = [one for one in processes.values() if one.is_running() and one.name().endswith("Agent")]
+        _, alive = psutil.wait_procs([one for one in processes.values() if one not in agents], timeout=300)
         assert not alive
         if victim:
             assert re.search(f"error: {who} is gone", output), output[-2000:]
@@ -187,25 +194,6 @@ def test_killed_anywhere(folder, whole, cluster):
     assert (run / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
     ours, expected = tensors(run / "checkpoints"), tensors(whole / "checkpoints")
     assert [key for key in expected if not torch.equal(ours[key], expected[key])] == []
-
-
-def test_controller_killed_with_a_ray_of_its_own(folder, whole, cluster):
-    """As the scripts start it on one machine. SIGKILL of the controller: its Ray, trainer and engine end too, and the
-    same command goes on to the same metrics. Pins a Ray, and a model in memory, that outlive their run."""
-    run, environment = folder / "own_ray", {**cluster, "RAY_ADDRESS": "local"}
-    launch = Launch(folder, run, environment)
-    launch.wait_for_steps(SAVE_INTERVAL + 1)
-    processes = launch.processes()
-    names = {name for name in processes if not name.isdigit()}
-    assert names == {"Trainer", "TransformersProcess"}
-    assert any("raylet" in process.name() for process in processes.values())
-    launch.process.kill()
-    launch.end(-signal.SIGKILL)
-    agents = [one for one in processes.values() if one.is_running() and one.name().endswith("Agent")]
-    _, alive = psutil.wait_procs([one for one in processes.values() if one not in agents], timeout=300)
-    assert not alive
-    assert "resuming after step" in Launch(folder, run, environment).end(0)
-    assert exact(run / "metrics.jsonl") == exact(whole / "metrics.jsonl")
     _, alive = psutil.wait_procs(agents, timeout=900)  # Ray's own two hold nothing of ours, and notice it in a minute
     assert not alive
 
@@ -299,12 +287,16 @@ def test_missing_flags():
         (["--custom-rm-path", "reward.absent"], r"reward.absent"),
     ],
 )
-def test_refused_before_anything_is_started(folder, tmp_path, more, message):
-    """Pins: minutes until SGLang and Megatron are up, for a line without a label. (No Ray is at this address.)"""
+def test_refused_before_anything_is_started(folder, tmp_path, monkeypatch, caplog, more, message):
+    """Pins: minutes until SGLang and Megatron are up, for a line without a label. (A Ray would be started here.)"""
     (folder / "unlabelled.jsonl").write_text('{"prompt": "a", "label": "e"}\n{"prompt": "b"}\n')
-    nowhere = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
-    launch = Launch(folder, tmp_path / "run", nowhere, *(word.format(folder=folder) for word in more))
-    assert re.search(rf"\[rl\] error: .*{message}", launch.end(2)), launch.output.read_text()[-2000:]
+    words = flags(folder, tmp_path, *(word.format(folder=folder) for word in more))
+    monkeypatch.setattr(sys, "argv", ["rl", "--cpu", "--metrics-file", str(tmp_path / "metrics.jsonl"), *words])
+    monkeypatch.setattr(controller.ray_launch, "session", None)
+    monkeypatch.setattr(controller.signal, "signal", lambda *_: None)
+    monkeypatch.syspath_prepend(folder)
+    assert controller.main() == 2
+    assert re.search(f"error: .*{message}", caplog.text), caplog.text
 
 
 @pytest.mark.parametrize(
