@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -164,6 +165,29 @@ def test_byte_order_marks_are_no_text(tmp_path, tokenizer_folder):
     assert prepare("--input", *inputs, *rest) == 0
     assert decoded(tmp_path / "data" / "train", tokenizer_folder) == ["a b", "c d", "e f", "a c", "g \ufeff h"]
     assert decoded(tmp_path / "data" / "valid", tokenizer_folder) == ["valid"]
+
+
+def test_byte_order_marks_inside_are_no_text(tmp_path, tokenizer_folder):
+    """Pins marks that are trained: of joined text files, doubled ones, and of a file whose text became a record."""
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + mark + jsonl(["\ufeffa b"]) + b'{"text": "\\ufeffc d"}\n')
+    (tmp_path / "b.txt").write_bytes(mark + b"e\n" + mark + b"f\r\n" + mark + b"g")
+    pq.write_table(pa.table({"text": ["\ufeffh i"]}), tmp_path / "c.parquet")
+    (tmp_path / "v.txt").write_bytes(b"valid")
+    inputs = [tmp_path / name for name in ("a.jsonl", "b.txt", "c.parquet")]
+    rest = ["--valid-input", tmp_path / "v.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "data"]
+    assert prepare("--input", *inputs, *rest) == 0
+    assert decoded(tmp_path / "data" / "train", tokenizer_folder) == ["a b", "c d", "e\nf\r\ng", "h i"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32-le"])
+def test_texts_of_other_encodings_are_refused(tmp_path, tokenizer_folder, caplog, encoding):
+    """Pins UTF-16 without a byte order mark, which is UTF-8 too, with a zero byte after each letter: trained so."""
+    (tmp_path / "in.txt").write_bytes("plain words".encode(encoding))
+    (tmp_path / "v.txt").write_bytes(b"valid")
+    rest = ["--valid-input", tmp_path / "v.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "data"]
+    assert prepare("--input", tmp_path / "in.txt", *rest) == 2
+    assert re.search(r"in\.txt: not (text|valid UTF-8): ", caplog.records[-1].getMessage())
 
 
 @pytest.mark.parametrize("members", [1, 2])
