@@ -484,6 +484,7 @@ def assert_refused(run, source: Path, target: Path, message: str, caplog) -> Non
     before = {f.name for f in target.parent.iterdir()}
     assert run(source, target) == 2
     assert message in caplog.text
+    assert str(target.parent) in caplog.messages[-1]  # which folder, or which disk
     assert {f.name for f in target.parent.iterdir()} == before
 
 

@@ -307,6 +307,7 @@ def test_near_duplicates(tmp_path, tokenizer_folder):
 
 JAPANESE = "日本語の文章では単語の間に空白を置かないので、五つの単語ではなく五つの文字で比べる。"
 UNSPACED = {"Chinese": range(0x4E00, 0x9FFF), "Japanese": [*map(ord, set(JAPANESE))], "Thai": range(0xE01, 0xE2F)}
+UNSPACED |= {"Khmer": range(0x1780, 0x17A3), "Javanese": range(0xA984, 0xA9B3), "Balinese": range(0x1B05, 0x1B34)}
 
 
 @pytest.mark.parametrize("script", UNSPACED)

@@ -218,7 +218,8 @@ def main() -> int:
     parser.add_argument("--weights", choices=("masters", "model"), default="masters")
     args = parser.parse_args()
     try:
-        taken = convert(args.input_dir, args.output_dir, args.origin_hf_dir, DTYPES[args.dtype], args.weights)
+        with hf.about(args.input_dir, args.output_dir, args.origin_hf_dir):
+            taken = convert(args.input_dir, args.output_dir, args.origin_hf_dir, DTYPES[args.dtype], args.weights)
     except (ValueError, OSError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -239,7 +239,9 @@ def _read_index(path: Path):
             index = _IndexUnpickler(file).load()
         _refuse_other_index(index)
         return index
-    except (CheckpointError, OSError):
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
+    except OSError:
         raise
     except Exception as error:  # a damaged pickle is a program: anything can go wrong in it
         raise CheckpointError(f"checkpoint index {path} cannot be read ({error!r}): half-written or damaged") from error
