@@ -230,6 +230,15 @@ def test_writer_shards_and_indexes_as_hugging_face(model, tmp_path):
     assert set(again.names) == set(expected)
 
 
+@pytest.mark.parametrize("scale_fmt", fp8.SCALE_FORMATS)
+def test_a_model_of_zeros_is_cast(tmp_path, scale_fmt):
+    """Pins a traceback, a division by the size of the weights, at the end of the cast."""
+    source = write_folder(tmp_path / "model", {name: torch.zeros_like(tensor) for name, tensor in weights().items()})
+    assert to_fp8(source, tmp_path / "fp8", "--scale-fmt", scale_fmt) == 0
+    assert to_bf16(tmp_path / "fp8", tmp_path / "bf16") == 0
+    assert not any(tensor.any() for tensor in read_folder(tmp_path / "bf16").values())
+
+
 def test_wrong_codes_are_found(model, tmp_path, monkeypatch, caplog):
     """Pins a caster whose codes do not mean the weight: one block's scale off by two is refused by name."""
     right = fp8.quantize
