@@ -632,6 +632,10 @@ def test_tools_are_rendered(tmp_path, bpe, column):
 
 UNRENDERED = {
     "thoughts in a field": ([*chat("1"), {"role": "assistant", "content": "A", "reasoning_content": "Hm."}], None),
+    "thoughts that the answer holds by chance": (
+        [*chat("1"), {"role": "assistant", "content": "A", "thought": "a"}],
+        None,
+    ),
     "thoughts by another name": ([*chat("1"), {"role": "assistant", "content": "A", "thinking": "Hm."}], None),
     "a call": (call({"city": "Oslo"}, "I look."), None),
     "thoughts of the last answer": (chat("1", "<think>Hm.</think>A"), looped(CUTS_THOUGHTS)),
@@ -735,8 +739,8 @@ def test_sharegpt(tmp_path, folder, bpe):
         {"from": "system", "value": "S"},
         {"from": "human", "value": "1", "weight": None},
         {"from": "gpt", "value": "A", "weight": 0},
-        {"from": "human", "value": "2"},
-        {"from": "gpt", "value": "B"},
+        {"from": "Prompter", "value": "2"},
+        {"from": "ChatGPT", "value": "B"},
     ]
     (tmp_path / "in.jsonl").write_text(json.dumps({"conversations": messages}))
     command = ["--input", tmp_path / "in.jsonl", "--tokenizer", folder, "--output", tmp_path / "data"]

@@ -60,13 +60,15 @@ SAID = ("reasoning_content", "reasoning", "thinking", "thinking_content", "thoug
         "reasoning_details", "reasoning_text", "analysis", "tool_plan", "refusal", "function_call")  # fmt: skip
 ADDRESSES = ("role", "content", "tool_calls", "tool_call_id", "name", "id", *MARKS)
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-            "tool": "tool", "observation": "tool", "function_response": "tool"}  # fmt: skip
+            "tool": "tool", "observation": "tool", "function_response": "tool", "prompter": "user", "bot": "assistant",
+            "chatgpt": "assistant", "model": "assistant", "tool_response": "tool"}  # fmt: skip
 # A record's fields, in any spelling of their words, that hold a system message's text, and definitions of tools.
 SYSTEM = ("system", "system_prompt", "system_message", "system_content")
 TOOLS = ("tools", "functions")
 # A tool call's fields, and those in which others than OpenAI give the arguments.
 CALL = ("name", "arguments", "id", "type", "function", "index")
 ARGUMENTS = ("parameters", "params", "input", "inputs", "args", "kwargs")
+LONG_ENOUGH = 20  # characters of a field that come up in a turn because the template renders the field
 HEADER_CHARACTERS = 100  # a generation prompt's last special token, name of the role and <think> are shorter
 PRIVATE_USE = range(0xE000, 0xF900)
 PROBE = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}]
@@ -116,7 +118,7 @@ def _check_message(where: str, value: Any) -> dict[str, Any]:
     else:
         message.pop("tool_calls", None)  # an empty list calls nothing
     if not {"role", "content"} <= message.keys():
-        found = sorted(value) if isinstance(value, dict) else f"a {type(value).__name__}"
+        found = sorted(message) if isinstance(value, dict) else f"a {type(value).__name__}"
         raise BadMessages("not a message", f"{where} must have role and content, found {found}")
     if isinstance(message["content"], str):
         message["content"] = message["content"].lstrip(BYTE_ORDER_MARK)
@@ -137,7 +139,7 @@ def _check_message(where: str, value: Any) -> dict[str, Any]:
 
 def _from_sharegpt(where: str, message: dict[str, Any]) -> dict[str, Any]:
     """The message with role and content for ShareGPT's `from` and `value`; a `function_call` becomes a tool call."""
-    speaker, said = message["from"], message["value"]
+    speaker, said = str(message["from"]).lower(), message["value"]
     rest = {key: part for key, part in message.items() if key not in ("from", "value")}
     if speaker == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": said, **rest}
@@ -637,7 +639,8 @@ class ChatTokenizer:
                 if place in trained and None in _leaves(function["arguments"]):
                     yield "calls with null arguments"
             for name in (name for name in message if name not in ADDRESSES):
-                if all(_holds(turn, part) for part in _leaves(message[name]) if isinstance(part, str)):
+                parts = [part for part in _leaves(message[name]) if isinstance(part, str) and part.strip()]
+                if all(_holds(turn, part) for part in parts) and (self._knows(name) or _by_no_chance(parts)):
                     continue
                 if self._knows(name):
                     whole = False  # as templates cut the thoughts of earlier turns
@@ -800,6 +803,11 @@ def _holds(text: str, content: str) -> bool:
     spellings = (content, json.dumps(content, ensure_ascii=False)[1:-1])
     squeezed = "".join(text.split())
     return any("".join(spelling.split()) in squeezed for spelling in spellings)
+
+
+def _by_no_chance(parts: list[str]) -> bool:
+    """Whether these strings, found in a text, are not there by chance, as "4" is in an answer or its header."""
+    return all(len(part.strip()) >= LONG_ENOUGH for part in parts)
 
 
 def _strings_in(value: Any) -> Iterator[str]:
