@@ -812,6 +812,21 @@ def test_broken_files_of_a_tokenizer_are_refused_by_name(tmp_path, bpe, caplog, 
     assert name in caplog.records[-1].getMessage()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"chat_template": [{"name": "default"}]}, {"chat_template": ["x"]}, {"chat_template": 7}, {"eos_token": {"a": 1}},
+     {"eos_token": 7}],
+)  # fmt: skip
+def test_damaged_entries_of_a_tokenizer_are_refused_by_name(tmp_path, bpe, caplog, damage):
+    """Pins tracebacks over a configuration that was edited by hand."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", corpus.CHAT_TEMPLATE, bpe)
+    path = tokenizer / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    source = write_jsonl(tmp_path / "in.jsonl", [chat("1", "A")])
+    assert prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data") == 2
+    assert str(tokenizer) in caplog.records[-1].getMessage()
+
+
 # Splits, receipts, processes
 
 

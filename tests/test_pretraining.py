@@ -214,6 +214,10 @@ def test_dataset_dict_names_its_splits(tmp_path, tokenizer_folder, caplog):
     rest = ["--valid-fraction", 0.5, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data"]
     assert prepare("--input", tmp_path / "set", *rest) == 2
     assert "has no state.json" in caplog.records[-1].getMessage()
+    for damaged in ("{", "[]", '{"splits": 7}', "{}"):
+        (tmp_path / "set" / "dataset_dict.json").write_text(damaged)
+        assert prepare("--input", tmp_path / "set", *rest) == 2
+        assert f"Name one: {tmp_path}/set/SPLIT" in caplog.records[-1].getMessage()
     (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     assert prepare("--input", tmp_path / "set", *rest) == 2
     assert "['train', 'test']" in caplog.records[-1].getMessage()

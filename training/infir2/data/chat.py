@@ -403,7 +403,7 @@ class ChatTokenizer:
     def __init__(self, folder: Path, template_arguments: Mapping[str, Any] | None = None) -> None:
         self.path = folder / "tokenizer.json"
         self.sha256, self._tokenizer = read_tokenizer(self.path)
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder().items()
         self.special_tokens = {token.content: index for index, token in added if token.special}
         if not self.special_tokens:
@@ -716,7 +716,8 @@ def read_chat_template(folder: Path) -> str:
             raise DataError(f"{path} cannot be read: {error}. Save it as UTF-8.") from error
     template = _read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(named, {}).get("template")
     if not isinstance(template, str):
         raise DataError(
             f"{folder} has no chat template, neither chat_template.jinja nor a default in tokenizer_config.json. Give "
@@ -733,8 +734,12 @@ def special_tokens_map(folder: Path) -> dict[str, str]:
         entries = _read_json(folder / file)
         values = {name: entries.get(name) for name in names}
         found |= {
-            name: value["content"] if isinstance(value, dict) else value for name, value in values.items() if value
+            name: value.get("content") if isinstance(value, dict) else value for name, value in values.items() if value
         }
+        if wrong := [name for name, value in found.items() if not isinstance(value, str)]:
+            raise DataError(
+                f"{folder / file}: {wrong[0]} is no token but {values[wrong[0]]!r:.80}. Copy the file again."
+            )
     return found
 
 

@@ -453,10 +453,19 @@ def _open(path: Path, text_key: str | None, block_bytes: int) -> list[Source]:
     return [kind(path, text_key, block_bytes)]
 
 
+def _splits(path: Path) -> list[str]:
+    """The names in a dataset_dict.json; none where it does not tell them."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["splits"]
+    except (ValueError, LookupError, TypeError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
 def _arrow_files(folder: Path) -> list[Path]:
     """The Arrow files of a `datasets` folder, in its order."""
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits")
+        splits = _splits(folder / "dataset_dict.json")
         raise DataError(f"{folder} holds the splits {splits}. Name one: {folder}/{(splits or ['SPLIT'])[0]}")
     state = folder / "state.json"
     if not state.is_file():
