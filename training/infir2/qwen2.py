@@ -143,6 +143,7 @@ _FIXED = {
     "attention_bias": (True,),  # of q, k and v
     "qkv_bias": (True,),
     "pre_norm": (True,),
+    "num_kv_shared_layers": (0,),
     "is_causal": (True,),
     "output_attentions": None,
     "attn_implementation": None,
