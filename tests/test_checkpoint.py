@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from infir2.checkpoint import TRACKER, complete_iterations, repair_tracker, tracked
+from infir2.checkpoint import TRACKER, CheckpointError, complete_iterations, repair_tracker, tracked
 
 
 def run_folder(folder, tracker, complete=(10, 20), half_written=()):
@@ -22,6 +22,21 @@ def test_a_tracker_set_back_by_hand_is_obeyed(tmp_path):
     assert repair_tracker(run) is None
     assert tracked(run) == 10
     assert complete_iterations(run) == [10, 20]
+
+
+@pytest.mark.parametrize("text", ["iter_0000010", "0000010", " 10\n"])
+def test_other_spellings_of_an_iteration_are_obeyed(tmp_path, text):
+    """Pins: a run set back by a folder's name goes on from the newest checkpoint."""
+    run = run_folder(tmp_path, text)
+    assert repair_tracker(run) is None
+    assert (run / TRACKER).read_text().strip() == "10"
+
+
+@pytest.mark.parametrize("text", ["10 # the good one", "10.0", "checkpoint 10", "10\n20"])
+def test_what_somebody_wrote_is_not_repaired(tmp_path, text):
+    """Pins: a run set back in other words goes on from the newest checkpoint."""
+    with pytest.raises(CheckpointError, match="holds '"):
+        repair_tracker(run_folder(tmp_path, text))
 
 
 @pytest.mark.parametrize(

@@ -522,6 +522,99 @@ def test_nulls_of_a_table_are_not_trained(tmp_path, bpe):
     assert trained_of(output, bpe, 1)[0] == f'[add]{{"a": 2, "b": {{"c": 3}}}}{STOP}'
 
 
+def test_nulls_of_a_table_that_became_json_are_not_trained(tmp_path, bpe, capsys):
+    """Pins null arguments that the called tool does not have, in JSON that a table became; others are counted."""
+    properties = {"city": {"type": "string"}, "unit": {"type": "string"}, "a": None}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"properties": properties}}}]
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", TOOLS_TURN, bpe)
+    messages = call({"city": "Oslo", "unit": None, "a": None, "b": None})
+    records = [{"messages": messages, "tools": tools}, {"messages": messages}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    output = tmp_path / "data"
+    assert prepare("--input", tmp_path / "in.jsonl", "--tokenizer", tokenizer, "--output", output) == 0
+    assert trained_of(output, bpe)[0] == f'[weather]{{"city": "Oslo", "unit": null}}{STOP}'
+    assert '"a"' not in texts_of(output, "train", bpe)[0]
+    assert trained_of(output, bpe, 1)[0] == f'[weather]{{"city": "Oslo", "unit": null, "a": null, "b": null}}{STOP}'
+    assert json.loads(capsys.readouterr().out)["counted"]["calls with null arguments"] == 2
+
+
+SAID_ELSEWHERE = {
+    "parameters": {"name": "weather", "parameters": {"city": "Oslo"}},
+    "input": {"type": "tool_use", "name": "weather", "input": {"city": "Oslo"}},
+    "text": {"name": "weather", "args": '{"city": "Oslo"}'},
+    "no number": {"name": "weather", "arguments": '{"n": NaN}'},
+    "too large": {"name": "weather", "arguments": '{"n": 1e400}'},
+    "false": {"name": "weather", "arguments": False},
+}
+
+
+@pytest.mark.parametrize("name", SAID_ELSEWHERE)
+@pytest.mark.parametrize("nested", [True, False])
+def test_calls_that_lose_their_arguments_are_refused(tmp_path, bpe, caplog, name, nested):
+    """Pins a call trained as one without arguments, because they stand in another field; and what JSON cannot say."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", TOOLS_TURN, bpe)
+    conversation = call({})
+    conversation[1]["tool_calls"] = [{"function": SAID_ELSEWHERE[name]} if nested else SAID_ELSEWHERE[name]]
+    source = write_jsonl(tmp_path / "in.jsonl", [conversation])
+    assert prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data") == 2
+    assert "in.jsonl:1: tool call: " in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("arguments", ["", "null", "{}", None, []])
+def test_calls_without_arguments(tmp_path, bpe, arguments):
+    """Pins a call without arguments that is refused, whatever stands for none."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", TOOLS_TURN, bpe)
+    output = prepared(tmp_path, tokenizer, [call(arguments)])
+    assert trained_of(output, bpe)[0] == f"[weather]{{}}{STOP}"
+
+
+def test_short_floats_of_a_table_are_trained_as_they_are_written(tmp_path, bpe):
+    """Pins 0.1 in a column of 32 bits that is trained as 0.10000000149011612."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", TOOLS_TURN, bpe)
+    table = pa.table({"messages": [call({"x": 0.1, "l": [2.5, None]})]})
+    kind = pa.list_(pa.struct([*call_fields(table), ("tool_calls", pa.list_(short_call()))]))
+    pq.write_table(table.cast(pa.schema([("messages", kind)])), tmp_path / "in.parquet")
+    output = tmp_path / "data"
+    assert prepare("--input", tmp_path / "in.parquet", "--tokenizer", tokenizer, "--output", output) == 0
+    assert '"x": 0.1' in trained_of(output, bpe)[0]
+
+
+def call_fields(table: pa.Table) -> list[pa.Field]:
+    return [field for field in table.schema.field("messages").type.value_type if field.name != "tool_calls"]
+
+
+def short_call() -> pa.DataType:
+    arguments = pa.struct([("x", pa.float32()), ("l", pa.list_(pa.float32()))])
+    function = pa.struct([("name", pa.string()), ("arguments", arguments)])
+    return pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)])
+
+
+def test_byte_order_marks_in_messages_are_not_trained(tmp_path, folder, bpe):
+    """Pins the mark of a file whose text became a message."""
+    output = prepared(tmp_path, folder, [chat("\ufeff1", "\ufeffA")])
+    assert trained_of(output, bpe) == [f"A{STOP}"]
+    assert "\ufeff" not in texts_of(output, "train", bpe)[0]
+
+
+@pytest.mark.parametrize("place", ["functions", "message", "both"])
+def test_tools_elsewhere_are_rendered_or_refused(tmp_path, bpe, caplog, place):
+    """Pins definitions in a column `functions`, or in a message, that are ignored."""
+    tool = {"name": "weather", "parameters": {}}
+    record = {"messages": call({}), **({"functions": [tool]} if place != "message" else {})}
+    if place == "message":
+        record["messages"] = [{"role": "system", "content": "S", "tools": [{"name": "other"}]}, *record["messages"]]
+    if place == "both":
+        record["tools"] = [tool]
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", TOOLS_TURN, bpe)
+    (tmp_path / "in.jsonl").write_text(json.dumps(record))
+    status = prepare("--input", tmp_path / "in.jsonl", "--tokenizer", tokenizer, "--output", tmp_path / "data")
+    assert status == (0 if place == "functions" else 2)
+    if status:
+        assert "in.jsonl:1: tools: " in caplog.records[-1].getMessage()
+    else:
+        assert json.dumps(tool) in texts_of(tmp_path / "data", "train", bpe)[0]
+
+
 @pytest.mark.parametrize("column", ["list", "string", "strings", "none", "null", "empty"])
 def test_tools_are_rendered(tmp_path, bpe, column):
     """Pins a column of definitions that is refused, or ignored, and one without any that is refused."""
@@ -539,6 +632,10 @@ def test_tools_are_rendered(tmp_path, bpe, column):
 
 UNRENDERED = {
     "thoughts in a field": ([*chat("1"), {"role": "assistant", "content": "A", "reasoning_content": "Hm."}], None),
+    "thoughts that the answer holds by chance": (
+        [*chat("1"), {"role": "assistant", "content": "A", "thought": "a"}],
+        None,
+    ),
     "thoughts by another name": ([*chat("1"), {"role": "assistant", "content": "A", "thinking": "Hm."}], None),
     "a call": (call({"city": "Oslo"}, "I look."), None),
     "thoughts of the last answer": (chat("1", "<think>Hm.</think>A"), looped(CUTS_THOUGHTS)),
@@ -586,7 +683,8 @@ def test_marked_turns_are_not_trained(tmp_path, folder, bpe, mark, no):
 @pytest.mark.parametrize(
     ("marks", "found"),
     [({"weight": 0.5}, "0.5"), ({"loss_weight": 0}, "loss_weight"), ({"loss": 0, "train": 1}, "both|as trained and"),
-     ({"mask": True}, "mask"), ({"loss": "no"}, "no")],
+     ({"mask": True}, "mask"), ({"loss": "no"}, "no"), ({"lossMask": 0}, "lossMask"), ({"isTrained": False}, "isT"),
+     ({"Train-On-Turn": 0}, "Train-On"), ({"supervised": False}, "supervised"), ({"skip": True}, "skip")],
 )  # fmt: skip
 def test_unknown_marks_are_refused(tmp_path, folder, caplog, marks, found):
     """Pins a mark of another name or value that is ignored."""
@@ -600,11 +698,25 @@ def test_fields_that_only_look_like_marks_are_taken(tmp_path, folder):
     messages = chat("1", "A")
     messages[1]["glossary"] = True
     record = {"messages": messages, "constraints": ["short"], "loss": 1.7, "weight": 1}
+    record |= {"train_loss": 0.3, "skip": False, "training_data": ["a"], "train": "web", "loss_mask": None}
     (tmp_path / "in.jsonl").write_text(json.dumps(record))
     assert prepare("--input", tmp_path / "in.jsonl", "--tokenizer", folder, "--output", tmp_path / "data") == 0
 
 
-@pytest.mark.parametrize("key", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "marks",
+    [{"loss_mask": [0, 1]}, {"weights": [0.0, 1.0]}, {"trainable_turns": [False, True]}, {"sample_weight": 0.5},
+     {"loss": "0"}, {"isTrained": False}, {"masked": True}, {"skip": 1}, {"chat_template_kwargs": {"thinking": 0}}],
+)  # fmt: skip
+def test_marks_of_a_whole_record_are_refused(tmp_path, folder, caplog, marks):
+    """Pins marks turn by turn in a list beside the messages, by other names, and arguments of the template: ignored."""
+    record = {"messages": chat("2+2?", "5", "Wrong.", "4"), **marks}
+    (tmp_path / "in.jsonl").write_text(json.dumps(record))
+    assert prepare("--input", tmp_path / "in.jsonl", "--tokenizer", folder, "--output", tmp_path / "data") == 2
+    assert next(iter(marks)) in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message", "systemPrompt"])
 def test_system_column_and_empty_system_message(tmp_path, bpe, caplog, key):
     """Pins a `system` column that is ignored, and an empty system message that is refused or gives the default one."""
     tokenizer = write_tokenizer(tmp_path / "tokenizer", DEFAULT_SYSTEM, bpe)
@@ -627,8 +739,8 @@ def test_sharegpt(tmp_path, folder, bpe):
         {"from": "system", "value": "S"},
         {"from": "human", "value": "1", "weight": None},
         {"from": "gpt", "value": "A", "weight": 0},
-        {"from": "human", "value": "2"},
-        {"from": "gpt", "value": "B"},
+        {"from": "Prompter", "value": "2"},
+        {"from": "ChatGPT", "value": "B"},
     ]
     (tmp_path / "in.jsonl").write_text(json.dumps({"conversations": messages}))
     command = ["--input", tmp_path / "in.jsonl", "--tokenizer", folder, "--output", tmp_path / "data"]
@@ -698,6 +810,21 @@ def test_broken_files_of_a_tokenizer_are_refused_by_name(tmp_path, bpe, caplog, 
     source = write_jsonl(tmp_path / "in.jsonl", [chat("1", "A")])
     assert prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data") == 2
     assert name in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"chat_template": [{"name": "default"}]}, {"chat_template": ["x"]}, {"chat_template": 7}, {"eos_token": {"a": 1}},
+     {"eos_token": 7}],
+)  # fmt: skip
+def test_damaged_entries_of_a_tokenizer_are_refused_by_name(tmp_path, bpe, caplog, damage):
+    """Pins tracebacks over a configuration that was edited by hand."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", corpus.CHAT_TEMPLATE, bpe)
+    path = tokenizer / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    source = write_jsonl(tmp_path / "in.jsonl", [chat("1", "A")])
+    assert prepare("--input", source, "--tokenizer", tokenizer, "--output", tmp_path / "data") == 2
+    assert str(tokenizer) in caplog.records[-1].getMessage()
 
 
 # Splits, receipts, processes

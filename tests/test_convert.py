@@ -107,6 +107,7 @@ def test_masters_are_exported(trained, tmp_path):
     for name, flags in {"masters": ["--dtype", "float32"], "model": ["--weights", "model"]}.items():
         done = to_hf(checkpoint, tmp_path / name, trained / "origin", *flags)
         assert done.returncode == 0, done.stderr
+        assert "the last 6 rows of the vocabulary" in done.stderr
     stored, shape = TorchDist(checkpoint), Shape.from_folder(trained / "origin")
     fp32, bf16 = HFReader(tmp_path / "masters"), HFReader(tmp_path / "model")
     assert fp32.shape("model.embed_tokens.weight") == (250, 128)

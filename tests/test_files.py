@@ -67,6 +67,17 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, action):
     assert not (path / "half").exists()
 
 
+def test_what_older_versions_left_is_removed(tmp_path):
+    """Pins: folders of killed exports that nobody removes, because their names hold another process's number."""
+    ours, gone, running = (tmp_path / f".a.partial-{number}" for number in (os.getpid(), 2**22 + 1, os.getppid()))
+    others = [tmp_path / ".a.partial-x", tmp_path / ".ab.partial-1", tmp_path / ".a[b].partial-1"]
+    for folder in (ours, gone, running, *others):
+        folder.mkdir()
+        (folder / "w").write_text("half")
+    build(tmp_path / "a")
+    assert set(tmp_path.iterdir()) == {running, *others, tmp_path / "a"}
+
+
 def test_a_second_builder_is_refused_and_the_first_goes_on(tmp_path):
     """Pins: two runs at once that write into one another's folder."""
     path = tmp_path / "a"

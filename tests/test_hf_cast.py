@@ -230,6 +230,15 @@ def test_writer_shards_and_indexes_as_hugging_face(model, tmp_path):
     assert set(again.names) == set(expected)
 
 
+@pytest.mark.parametrize("scale_fmt", fp8.SCALE_FORMATS)
+def test_a_model_of_zeros_is_cast(tmp_path, scale_fmt):
+    """Pins a traceback, a division by the size of the weights, at the end of the cast."""
+    source = write_folder(tmp_path / "model", {name: torch.zeros_like(tensor) for name, tensor in weights().items()})
+    assert to_fp8(source, tmp_path / "fp8", "--scale-fmt", scale_fmt) == 0
+    assert to_bf16(tmp_path / "fp8", tmp_path / "bf16") == 0
+    assert not any(tensor.any() for tensor in read_folder(tmp_path / "bf16").values())
+
+
 def test_wrong_codes_are_found(model, tmp_path, monkeypatch, caplog):
     """Pins a caster whose codes do not mean the weight: one block's scale off by two is refused by name."""
     right = fp8.quantize
@@ -430,6 +439,14 @@ VARIANTS = [  # fields of config.json by which the network would compute somethi
     {"num_experts": 8},
     {"num_nextn_predict_layers": 2},
     {"use_mrope": True},
+    {"layer_types": 5},
+    {"clip_qkv": 8},
+    {"num_kv_shared_layers": 1},
+    {"kv_lora_rank": 512},
+    {"pruned_heads": {"0": [1]}},
+    {"is_encoder_decoder": True},
+    {"qkv_bias": False},
+    {"pre_norm": False},
     {"dual_chunk_attention_config": {"chunk_size": 262144}},
     {"auto_map": {"AutoModelForCausalLM": "modeling_custom.Other"}},
     {"model_type": "qwen3"},
@@ -447,6 +464,9 @@ HARMLESS = {
     "embedding_multiplier": 1.0,
     "mlp_bias": False,
     "use_mrope": False,
+    "pruned_heads": {},
+    "is_encoder_decoder": False,
+    "qkv_bias": True,
     "num_experts": 0,
     "final_logit_softcapping": None,
     "initializer_range": 0.02,
@@ -484,6 +504,7 @@ def assert_refused(run, source: Path, target: Path, message: str, caplog) -> Non
     before = {f.name for f in target.parent.iterdir()}
     assert run(source, target) == 2
     assert message in caplog.text
+    assert str(target.parent) in caplog.messages[-1]  # which folder, or which disk
     assert {f.name for f in target.parent.iterdir()} == before
 
 

@@ -303,7 +303,8 @@ def evaluation_folders(folder: Path) -> list[Path]:
 
 
 def test_kept_records_lose_nothing(tmp_path):
-    """Pins a traceback over decimals, bytes and times of a table, and integers above 64 bits written as floats."""
+    """Pins a traceback over decimals, bytes and times of a table, integers above 64 bits written as floats, and nulls
+    that the table made, written into records that do not have the field."""
     sets = evaluation_folders(tmp_path / "eval")
     lines = [b'{"text": "one",  "n": 42391158275216203514294433201, "x": 1.50, "y": NaN}', b'{"text": "tw\\u006f"}']
     (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
@@ -313,6 +314,7 @@ def test_kept_records_lose_nothing(tmp_path):
         "raw": [b"\xff"],
         "at": pa.array([1700000000123456789], pa.timestamp("ns")),
         "nested": [[{"cost": Decimal("12345678901234567890.5")}]],
+        "of_others": pa.array([None], pa.string()),
     }
     pq.write_table(pa.table(columns), tmp_path / "in.parquet")
     inputs = [str(tmp_path / name) for name in ("in.jsonl", "in.parquet")]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from trainer import FP8, MODEL, Training, tensors, train, with_megatron
 
-from infir2.checkpoint import resolve
+from infir2.checkpoint import CheckpointError, resolve
+from infir2.preflight import Start, _check_continued_rate
 
 REPO = Path(__file__).parents[1]
 SMALL_CONFIG = {
@@ -229,6 +230,26 @@ def test_branches(parent, flags, tmp_path):
     ]
     check(flags, cases)
     shutil.rmtree(parent / "iter_0000002")
+
+
+SHIPPED = {  # the recipe's: warmup to 5000, stable to 35000, decay to 40000
+    "lr": 1e-4, "min_lr": 1e-5, "lr_decay_style": "WSD", "lr_wsd_decay_style": "cosine", "lr_wsd_decay_iters": 5000,
+    "lr_warmup_iters": 5000, "train_iters": 40000, "decoupled_lr": None, "decoupled_min_lr": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("iteration", [1, 3000, 4999, 5000, 5001, 20000, 34999, 35000, 35001, 35010, 36000, 40000])
+def test_decay_branches_of_the_recipe(tmp_path, iteration):
+    """Only iterations of the stable phase, to the last one. Pins: a branch of the parent's own warmup or decay."""
+    start = Start(tmp_path / f"iter_{iteration:07d}", resumes=True)
+    branch = SHIPPED | {"lr_warmup_iters": 0, "train_iters": iteration + 5000}
+    if 5000 <= iteration <= 35000:
+        _check_continued_rate(start, SHIPPED, branch, 1)
+        return
+    with pytest.raises(
+        CheckpointError, match=r"would jump: at iteration .* \(warmup to 5000, 0.0001 to 35000, WSD decay"
+    ):
+        _check_continued_rate(start, SHIPPED, branch, 1)
 
 
 def test_order_of_samples_ends_where_preflight_says(run_flags, tmp_path):

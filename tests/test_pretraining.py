@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -166,6 +167,29 @@ def test_byte_order_marks_are_no_text(tmp_path, tokenizer_folder):
     assert decoded(tmp_path / "data" / "valid", tokenizer_folder) == ["valid"]
 
 
+def test_byte_order_marks_inside_are_no_text(tmp_path, tokenizer_folder):
+    """Pins marks that are trained: of joined text files, doubled ones, and of a file whose text became a record."""
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + mark + jsonl(["\ufeffa b"]) + b'{"text": "\\ufeffc d"}\n')
+    (tmp_path / "b.txt").write_bytes(mark + b"e\n" + mark + b"f\r\n" + mark + b"g")
+    pq.write_table(pa.table({"text": ["\ufeffh i"]}), tmp_path / "c.parquet")
+    (tmp_path / "v.txt").write_bytes(b"valid")
+    inputs = [tmp_path / name for name in ("a.jsonl", "b.txt", "c.parquet")]
+    rest = ["--valid-input", tmp_path / "v.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "data"]
+    assert prepare("--input", *inputs, *rest) == 0
+    assert decoded(tmp_path / "data" / "train", tokenizer_folder) == ["a b", "c d", "e\nf\r\ng", "h i"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32-le"])
+def test_texts_of_other_encodings_are_refused(tmp_path, tokenizer_folder, caplog, encoding):
+    """Pins UTF-16 without a byte order mark, which is UTF-8 too, with a zero byte after each letter: trained so."""
+    (tmp_path / "in.txt").write_bytes("plain words".encode(encoding))
+    (tmp_path / "v.txt").write_bytes(b"valid")
+    rest = ["--valid-input", tmp_path / "v.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "data"]
+    assert prepare("--input", tmp_path / "in.txt", *rest) == 2
+    assert re.search(r"in\.txt: not (text|valid UTF-8): ", caplog.records[-1].getMessage())
+
+
 @pytest.mark.parametrize("members", [1, 2])
 def test_gzip_with_zeros_at_its_end(tmp_path, tokenizer_folder, caplog, members):
     """Pins whole archives refused for the zeros with which some writers fill a block; a cut one is refused."""
@@ -190,6 +214,10 @@ def test_dataset_dict_names_its_splits(tmp_path, tokenizer_folder, caplog):
     rest = ["--valid-fraction", 0.5, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data"]
     assert prepare("--input", tmp_path / "set", *rest) == 2
     assert "has no state.json" in caplog.records[-1].getMessage()
+    for damaged in ("{", "[]", '{"splits": 7}', "{}"):
+        (tmp_path / "set" / "dataset_dict.json").write_text(damaged)
+        assert prepare("--input", tmp_path / "set", *rest) == 2
+        assert f"Name one: {tmp_path}/set/SPLIT" in caplog.records[-1].getMessage()
     (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     assert prepare("--input", tmp_path / "set", *rest) == 2
     assert "['train', 'test']" in caplog.records[-1].getMessage()
@@ -283,6 +311,7 @@ def test_near_duplicates(tmp_path, tokenizer_folder):
 
 JAPANESE = "日本語の文章では単語の間に空白を置かないので、五つの単語ではなく五つの文字で比べる。"
 UNSPACED = {"Chinese": range(0x4E00, 0x9FFF), "Japanese": [*map(ord, set(JAPANESE))], "Thai": range(0xE01, 0xE2F)}
+UNSPACED |= {"Khmer": range(0x1780, 0x17A3), "Javanese": range(0xA984, 0xA9B3), "Balinese": range(0x1B05, 0x1B34)}
 
 
 @pytest.mark.parametrize("script", UNSPACED)
@@ -325,7 +354,7 @@ def test_normal_form_joins_what_is_the_same():
         assert form("\uff11\uff12 \uff21\uff22\u3000ｶﾞ\u00a0ﬁn") == form("12  AB ガ fin")
         assert form("Cafe\u0301\n Is") == form("café is")
     assert duplicates.normalised("ABC x") == duplicates.normalised("abc X")
-    for one, other in (("Find X", "find x"), ("AB = 1", "ab = 1"), ("Äx", "äX")):
+    for one, other in (("Find X", "find x"), ("AB = 1", "ab = 1"), ("Äx", "äX"), ("5 Mg", "5 mg"), ("5Mg", "5mg")):
         assert duplicates.nearly_as_written(one) != duplicates.nearly_as_written(other)
 
 

@@ -52,7 +52,8 @@ def lines_of(path: Path) -> list[dict]:
 @pytest.mark.parametrize(
     "label",
     r"""34 -34 +5 0.5 1,000 1/2 \frac{1}{2} $\frac{1}{2}$ \boxed{7} 2\pi x^2+1 3\sqrt{13} (1,2) [0,1) 50\% 90^\circ A oo
-    5.4\text{cents} \{1,2\} \emptyset \infty y=2x+1 \left(3,\frac{\pi}{2}\right) 1,2,3 2+3i""".split(),
+    5.4\text{cents} \{1,2\} \emptyset \infty y=2x+1 \left(3,\frac{\pi}{2}\right) 1,2,3 2+3i
+    2^{-1} 12,120,5 1.5,2""".split(),
 )
 def test_mathematics_is_taken(label):
     """Pins good labels refused."""
@@ -64,7 +65,7 @@ def test_mathematics_is_taken(label):
     ["the answer is 5", "no solution", "hello", r"\text{even}", r"\boxed{\text{even}}", r"\frac{1}{", "?", "-", "=",
      "日本", "1/0", "\uff11\uff12", "٣٤", "१२", "2³", "3½", "1\uff0c5", "x₁", "五", "1_000", r"1\_000", "10_2", "1 000",
      "0x1F", "1,0000", "0,05", "1.2.3", "1|2", r"1\,000", "12\u201313", "1\u202f000", r"\frac{0}{0}", "10 000", "1 2",
-     "1e5", "3..4", "12\n13", "$"],
+     "1e5", "3..4", "12\n13", "$", "2**3", "2^-1", "5+", "x -", "5&6", "1.000,5", "1, 000", "1,000,00"],
 )  # fmt: skip
 def test_what_a_reward_would_misread_is_refused(label):
     """Pins labels that never match, or match a wrong answer: math-verify takes words for products of letters, "10 000"
@@ -100,6 +101,10 @@ def test_numbers_as_labels_keep_their_digits(tmp_path, folder, caplog):
     pq.write_table(pa.table({"prompt": ["1"], "label": decimals}), tmp_path / "in.parquet")
     assert prepare("--input", tmp_path / "in.parquet", *command, tmp_path / "decimals") == 0
     assert lines_of(tmp_path / "decimals" / "train.jsonl")[0]["label"] == "12345678901234567890.50"
+    for number, kind in enumerate((pa.float32(), pa.float64())):
+        pq.write_table(pa.table({"prompt": ["1"], "label": pa.array([0.1], kind)}), tmp_path / "in.parquet")
+        assert prepare("--input", tmp_path / "in.parquet", *command, tmp_path / f"float{number}") == 0
+        assert lines_of(tmp_path / f"float{number}" / "train.jsonl")[0]["label"] == "0.1"
     for number, lost in enumerate((2.0**53, float("nan"))):
         pq.write_table(pa.table({"prompt": ["1"], "label": [lost]}), tmp_path / "in.parquet")
         assert prepare("--input", tmp_path / "in.parquet", *command, tmp_path / f"none{number}") == 2

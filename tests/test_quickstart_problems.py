@@ -14,6 +14,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "tools"))
 conversations = importlib.import_module("quickstart_conversations")
+corpus = importlib.import_module("quickstart_corpus")
 accuracy = importlib.import_module("answer_accuracy")
 
 
@@ -22,6 +23,27 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conversations")
     assert conversations.main(["--output", str(folder)]) == 0
     return folder
+
+
+class Package:
+    """An installed package whose files lie in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.locate_file = folder.joinpath
+
+
+def test_verses_end_at_line_feeds_alone(tmp_path, monkeypatch):
+    """Pins a verse that is cut in two, and then is no JSON, where it holds a line separator."""
+    text = " ".join(f"word{n}" for n in range(16)) + "\u2028end\x85 of it"
+    (tmp_path / "bible" / "data").mkdir(parents=True)
+    verse = {"book": "Genesis", "chapter": 1, "text": text}
+    line = json.dumps(verse, ensure_ascii=False) + "\n"
+    (tmp_path / "bible" / "data" / "kjv.jsonl").write_text(line, encoding="utf-8")
+    monkeypatch.setattr(conversations.metadata, "distribution", lambda name: Package(tmp_path))
+    found = [record for split in conversations.verses(1).values() for record in split]
+    assert [record["messages"][1]["content"].split()[-1] for record in found] == ["it"]
+    (chapter,) = corpus.kjv_chapters(1)
+    assert chapter.text.split()[-3:] == ["end", "of", "it"]
 
 
 SETS = {"stage1": {2}, "stage2": {3}, "rl1": {3, 4}, "rl2": {4}}

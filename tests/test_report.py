@@ -207,6 +207,13 @@ def test_resumed_run_counts_each_step_once(folder):
     assert report.load(folder).fp8.linears_in_fp8 == 7
 
 
+def test_stages_end_at_line_feeds_alone(tmp_path):
+    """Pins a page that is refused because a folder's name holds a line separator."""
+    (tmp_path / "stages.tsv").write_text("corpus\t50\t/a\u2028b/corpus\n", encoding="utf-8")
+    (stage,) = report.read_stages(tmp_path / "stages.tsv")
+    assert stage.result == Path("/a\u2028b/corpus")
+
+
 def test_stage_that_ran_again_counts_once(folder):
     """Pins a total that adds the first, thrown-away run of a stage."""
     with (folder / "stages.tsv").open("a") as file:

@@ -15,6 +15,9 @@ THINKS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
 )
 THINKS += "{{ m.content }}<|im_end|>\n{% endfor %}"
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+PARTS = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
+TEXT_BEFORE = CHATML.replace("<|im_end|>", "\n[end]<|im_end|>")
 TOKENS = ("<|end|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>", "<think>", "</think>")
 
 
@@ -34,8 +37,12 @@ def model_folder(folder, template, config=None, generation=None, tokenizer="toke
     return folder
 
 
+KINDS = [(CHATML, 102), (HEADERS, 105), (EOS, 100), (THINKS, 102), (NEEDS_SYSTEM, 102), (PARTS, 102)]
+KINDS += [(TEXT_BEFORE, 102)]
+
+
 @pytest.mark.parametrize("tokenizer", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize(("template", "end"), [(CHATML, 102), (HEADERS, 105), (EOS, 100), (THINKS, 102)])
+@pytest.mark.parametrize(("template", "end"), KINDS)
 def test_a_template_that_ends_turns_with_no_stop_token_is_refused(tmp_path, template, end, tokenizer):
     """Pins: a base whose end of text is another token than the end of a turn; engines generate past each answer."""
     folder = model_folder(tmp_path / "m", template, config=7, generation=[7, 8], tokenizer=tokenizer)
@@ -63,7 +70,19 @@ def test_a_template_that_says_nothing_of_its_end_is_no_reason_to_refuse(tmp_path
     assert stop_tokens(model_folder(tmp_path / "m", template, config=[7, 8])) == {7, 8}
 
 
-@pytest.mark.parametrize(("value", "found"), [(None, "names no eos_token_id"), ("<|end|>", "expected a token's id")])
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(None, "names no eos_token_id"), *((value, "expected a token's id") for value in ("<|end|>", [[7]], -1, 7.0))],
+)
 def test_what_is_no_id_is_refused(tmp_path, value, found):
     with pytest.raises(ValueError, match=found):
         stop_tokens(model_folder(tmp_path / "m", None, config=value))
+
+
+@pytest.mark.parametrize("added", [[{"content": "<|im_end|>"}], [7], {"a": 1}])
+def test_damaged_added_tokens_are_refused_by_file(tmp_path, added):
+    """Pins: a traceback over a tokenizer.json that was cut or edited."""
+    folder = model_folder(tmp_path / "m", CHATML, config=102)
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        stop_tokens(folder)

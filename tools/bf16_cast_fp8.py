@@ -164,16 +164,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     arguments = parse_arguments(argv)
     try:
-        summary = cast(
-            arguments.input_bf16_hf_path,
-            arguments.output_fp8_hf_path,
-            arguments.scale_fmt,
-            precision=arguments.precision,
-            allow_mixed_scales=arguments.allow_mixed_scales,
-            verify=arguments.verify,
-            workers=arguments.workers,
-            device=arguments.device,
-        )
+        with hf.about(arguments.input_bf16_hf_path, arguments.output_fp8_hf_path):
+            summary = cast(
+                arguments.input_bf16_hf_path,
+                arguments.output_fp8_hf_path,
+                arguments.scale_fmt,
+                precision=arguments.precision,
+                allow_mixed_scales=arguments.allow_mixed_scales,
+                verify=arguments.verify,
+                workers=arguments.workers,
+                device=arguments.device,
+            )
     except (OSError, ValueError, TypeError) as error:
         log.error("error: %s", error)
         return 2

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from infir2 import backend, files
 from infir2.checkpoint import RELEASE, TRACKER
-from infir2.hf import HFReader, check_qwen2
+from infir2.hf import HFReader, about, check_qwen2
 from infir2.qwen2 import Entry, Shape, entries
 
 # Modules of TransformerEngine for which Megatron asks a checkpoint for their (in these recipes empty) FP8 state.
@@ -91,7 +91,8 @@ def main() -> int:
     os.environ["INFIR2_BACKEND"] = "cpu"
     backend.install()
     try:
-        convert(args.input_dir, args.output_dir)
+        with about(args.input_dir, args.output_dir):
+            convert(args.input_dir, args.output_dir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

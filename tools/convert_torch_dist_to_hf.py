@@ -50,6 +50,11 @@ def convert(source: Path, output: Path, origin: Path, dtype: torch.dtype, weight
     shape = Shape.from_config(reader.config, origin / hf.CONFIG)
     run = recorded_run(stored.folder)
     check_origin(stored, shape, origin, run)
+    if EMBEDDING in stored and (cut := stored.shape(EMBEDDING)[0] - shape.vocab):
+        print(
+            f"{stored.folder}: the last {cut} rows of the vocabulary, which {origin} lacks, are padding",
+            file=sys.stderr,
+        )
     take_masters = weights == "masters" and stored.master(EMBEDDING) is not None
     size = dtype.itemsize * sum(map(math.prod, hf.qwen2_tensors(shape).values()))
     with HFWriter(output, like=reader, expected_bytes=size) as writer:
@@ -218,7 +223,8 @@ def main() -> int:
     parser.add_argument("--weights", choices=("masters", "model"), default="masters")
     args = parser.parse_args()
     try:
-        taken = convert(args.input_dir, args.output_dir, args.origin_hf_dir, DTYPES[args.dtype], args.weights)
+        with hf.about(args.input_dir, args.output_dir, args.origin_hf_dir):
+            taken = convert(args.input_dir, args.output_dir, args.origin_hf_dir, DTYPES[args.dtype], args.weights)
     except (ValueError, OSError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

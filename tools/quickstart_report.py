@@ -34,6 +34,7 @@ import quickstart_learning as learned
 from quickstart_learning import HOLLOW, LIGHT, Learning, Verdict, legend, quiet
 
 from infir2.events import read_scalars
+from infir2.files import json_lines
 from infir2.precision import PRECISIONS
 from infir2.receipts import MANIFEST, sha256_file
 
@@ -250,7 +251,7 @@ def read_stages(path: Path) -> list[Stage]:
     if not path.is_file():
         raise ReportError(f"{path} is missing. Every stage adds a line to it: run bash scripts/quickstart.sh first.")
     stages: dict[str, Stage] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(json_lines(path), 1):
         try:
             name, seconds, result = line.split("\t")
             stage = Stage(name, int(seconds), Path(result))

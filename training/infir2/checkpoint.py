@@ -46,10 +46,21 @@ def _is_complete(folder: Path) -> bool:
 
 
 def tracked(folder: Path) -> int | str | None:
-    """What the tracker names: an iteration, "release", or None where there is no tracker or it is cut off."""
+    """What the tracker names: an iteration, "release", or None where there is no tracker or it is cut off.
+
+    CheckpointError for another text with a number in it: somebody has written it, who did not mean the newest one.
+    """
+    text = _tracker_text(folder)
+    if number := re.fullmatch(r"(?:iter_)?(\d+)", text):
+        return int(number[1])
+    if re.search(r"\d", text):
+        raise CheckpointError(f"{folder / TRACKER} holds {text!r:.80}; write the number of an iteration into it, alone")
+    return RELEASE if text == RELEASE else None
+
+
+def _tracker_text(folder: Path) -> str:
     path = folder / TRACKER
-    text = path.read_bytes().decode("ascii", "replace").strip() if path.is_file() else ""
-    return int(text) if text.isdigit() else RELEASE if text == RELEASE else None
+    return path.read_bytes().decode("ascii", "replace").strip() if path.is_file() else ""
 
 
 def repair_tracker(folder: Path) -> str | None:
@@ -60,6 +71,8 @@ def repair_tracker(folder: Path) -> str | None:
     """
     complete = complete_iterations(folder)
     now = tracked(folder)
+    if now in complete and _tracker_text(folder) != str(now):  # iter_0000010, which Megatron does not read
+        files.write_text(folder / TRACKER, str(now))
     if not complete or now in complete or (now == RELEASE and _is_complete(folder / RELEASE)):
         return None
     files.write_text(folder / TRACKER, str(complete[-1]))
@@ -239,7 +252,9 @@ def _read_index(path: Path):
             index = _IndexUnpickler(file).load()
         _refuse_other_index(index)
         return index
-    except (CheckpointError, OSError):
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
+    except OSError:
         raise
     except Exception as error:  # a damaged pickle is a program: anything can go wrong in it
         raise CheckpointError(f"checkpoint index {path} cannot be read ({error!r}): half-written or damaged") from error

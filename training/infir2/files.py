@@ -10,6 +10,7 @@ next one. Permissions follow the umask, whatever the library that wrote the file
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ def holding(output: Path) -> Iterator[Path]:
     BlockingIOError while another one holds it."""
     partial = partial_name(output)
     partial.parent.mkdir(parents=True, exist_ok=True)
+    _remove_older(output)
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(_locked(partial, os.O_RDONLY | os.O_DIRECTORY, wait=False))
@@ -98,13 +100,25 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def _remove_older(output: Path) -> None:
+    """Remove what killed runs of older versions left, `.NAME.partial-PID`, but not that of a process that runs."""
+    for left in output.parent.glob(f"{glob.escape(partial_name(output).name)}-*"):
+        number = left.name.rpartition("-")[2]
+        if number.isdigit() and (int(number) == os.getpid() or not Path("/proc", number).exists()):
+            _remove(left)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
+
+
 def clear(folder: Path) -> None:
     """Remove everything in a folder, but not the folder."""
     for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        _remove(entry)
 
 
 def sync_folder(folder: Path) -> None:

@@ -75,6 +75,17 @@ _SCALE = "_scale_inv"
 _FP8_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
 
 
+@contextlib.contextmanager
+def about(path: Path | str, *others: Path | str) -> Iterator[None]:
+    """Refusals (ValueError, TypeError) inside that name neither `path` nor one of `others` get `path` before them."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if any(str(named) in str(error) for named in (path, *others)):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
 class HFReader:
     """A model folder, opened without loading it.
 
@@ -93,7 +104,8 @@ class HFReader:
         for file in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
             self._add_file(self.path / file, weight_map)
         if missing := [name for name in weight_map or () if name not in self._tensors]:
-            raise ValueError(f"{INDEX} places {missing[0]!r} in {weight_map[missing[0]]}, which does not hold it")
+            place = f"places {missing[0]!r} in {weight_map[missing[0]]}, which does not hold it"
+            raise ValueError(f"{self.path}/{INDEX} {place}; fetch both again")
 
     @property
     def names(self) -> list[str]:
@@ -172,15 +184,16 @@ class HFReader:
             raise ValueError(f"{index} has no weight_map; write the folder again with save_pretrained")
         for name, file in weight_map.items():
             if not isinstance(file, str) or not (self.path / file).is_file():
-                raise FileNotFoundError(f"{INDEX} places {name!r} in {file}, which does not exist in {self.path}")
+                raise FileNotFoundError(f"{index} places {name!r} in {file}, which does not exist; fetch it again")
         return weight_map
 
     def _add_file(self, file: Path, weight_map: dict[str, str] | None) -> None:
         for name, (dtype, shape) in _read_header(file).items():
             if name in self._tensors:
-                raise ValueError(f"tensor {name!r} is in two files: {self._tensors[name][0].name} and {file.name}")
+                both = f"{self._tensors[name][0].name} and {file.name}"
+                raise ValueError(f"{self.path}: tensor {name!r} is in two files: {both}; remove the stale one")
             if weight_map is not None and name not in weight_map:
-                raise ValueError(f"{file.name} holds {name!r}, which {INDEX} does not list")
+                raise ValueError(f"{file} holds {name!r}, which {INDEX} does not list; fetch both again")
             self._tensors[name] = (file, dtype, shape)
 
 
@@ -290,7 +303,9 @@ class HFWriter:
         bar.close()
         for name, expected_digests in self._digests.items():
             if digests.get(name, []) != expected_digests:
-                raise ValueError(f"{name!r} is not in the files as it was written; check the disk and convert again")
+                raise ValueError(
+                    f"{self.path}: {name!r} is not in the files as it was written; check the disk and convert again"
+                )
 
     def _finish(self) -> None:
         if self._finished:
@@ -682,7 +697,8 @@ def _refuse_other_tensors(
         if reader.shape(name) != size:
             raise ValueError(f"{name!r} has shape {reader.shape(name)}; {reader.path}/{CONFIG} implies {size}")
         if reader.dtype(name) not in dtypes:
-            raise ValueError(f"{name!r} is {reader.dtype(name)}; expected {' or '.join(map(str, dtypes))}")
+            expected_types = " or ".join(map(str, dtypes))
+            raise ValueError(f"{reader.path}: {name!r} is {reader.dtype(name)}; expected {expected_types}")
 
 
 def _read_header(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -696,7 +712,7 @@ def _read_header(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         raise ValueError(f"{file} ({size} bytes) is truncated or damaged: {error}; fetch it again") from None
     for name, (dtype, _) in found.items():
         if dtype not in DTYPES:
-            raise ValueError(f"{file.name}: tensor {name!r} has type {dtype}; known: {', '.join(DTYPES)}")
+            raise ValueError(f"{file}: tensor {name!r} has type {dtype}; known: {', '.join(DTYPES)}")
     return {name: (DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}
 
 

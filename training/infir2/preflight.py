@@ -408,7 +408,7 @@ def _check_continued_rate(start: Start, run: dict[str, Any], identity: dict[str,
         return
     iteration = int(start.folder.name.removeprefix("iter_"))
     before, after = (schedule.learning_rate(one, iteration * updates) for one in (run, identity))
-    if not math.isclose(before, after, rel_tol=1e-6):
+    if not math.isclose(before, after, rel_tol=1e-9):
         raise CheckpointError(
             f"the learning rate would jump: at iteration {iteration} {start.folder.parent} has {before:.4g} "
             f"({schedule.described(run)}), this run {after:.4g} ({schedule.described(identity)}); start where both are "

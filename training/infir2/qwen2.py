@@ -141,6 +141,9 @@ _FIXED = {
     "sliding_window": None,
     "max_window_layers": None,
     "attention_bias": (True,),  # of q, k and v
+    "qkv_bias": (True,),
+    "pre_norm": (True,),
+    "num_kv_shared_layers": (0,),
     "is_causal": (True,),
     "output_attentions": None,
     "attn_implementation": None,
@@ -155,7 +158,7 @@ _FIXED = {
 _VARIANT = re.compile(
     "scale|scaling|scalar|multiplier|factor|alpha|softcap|norm|rope|rotary|attn|attention|window|bias|dropout|layerdrop|"
     "(^|_)act(_|$)|activation|expert|moe|mup|alibi|sink|residual|logit|mtp|nextn|dim_model|depth|width|gate|gating|"
-    "causal|mlp|auto_map"
+    "causal|mlp|auto_map|clip|lora|pruned|shared|encoder_decoder"
 )
 
 
@@ -165,7 +168,7 @@ def _refuse_other_computation(config: dict, where: Path | str) -> None:
         known = name in _FIXED
         allowed = _FIXED.get(name)
         if name == "layer_types":
-            right = value is None or set(value) <= {"full_attention"}
+            right = value is None or (isinstance(value, list) and all(kind == "full_attention" for kind in value))
         elif known:
             right = allowed is None or value is None or value in allowed
         else:

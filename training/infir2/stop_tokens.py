@@ -7,7 +7,7 @@ that knows the first alone generates past the end of each answer, up to its limi
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,10 +53,10 @@ def eos_tokens(folder: Path | str, files: Iterable[str] = FILES) -> set[int]:
 
 def as_ids(value: Any, where: Path | str) -> set[int]:
     """The ids in an `eos_token_id`: one, a list, or none."""
-    ids = set(value) if isinstance(value, list) else {value} - {None}
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+    ids = value if isinstance(value, list) else [value] if value is not None else []
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
         raise ValueError(f"{where} has eos_token_id {value!r}; expected a token's id, or a list of them")
-    return ids
+    return set(ids)
 
 
 def token_id(folder: Path | str, text: str) -> int | None:
@@ -65,10 +65,8 @@ def token_id(folder: Path | str, text: str) -> int | None:
 
 
 def end_of_turn(folder: Path | str) -> Token | None:
-    """The added token with which the folder's chat template ends an assistant's turn. None without a template, and for
-    one that cannot be rendered here or writes none."""
-    from transformers.utils.chat_template_utils import render_jinja_template  # two seconds
-
+    """The first added token that the folder's chat template writes after an assistant's answer. None without a
+    template, and for one that cannot be rendered here or writes none."""
     folder = Path(folder)
     tokens = _added_tokens(folder)
     if not tokens:
@@ -77,23 +75,38 @@ def end_of_turn(folder: Path | str) -> Token | None:
         template, names = read_chat_template(folder), special_tokens_map(folder)
     except DataError:
         return None
-    try:
-        text = render_jinja_template([PROBE], chat_template=template, **names)[0][0]
-    except Exception:  # a template is a program: anything can go wrong in it
-        return None
     answer = PROBE[-1]["content"]
+    text = next((text for text in _renderings(template, names) if answer in text), "")
     longest_first = sorted(tokens, key=len, reverse=True)
-    after = re.match(rf"\s*({'|'.join(map(re.escape, longest_first))})", text.rpartition(answer)[2])
-    return Token(after[1], tokens[after[1]]) if after and answer in text else None
+    after = re.search("|".join(map(re.escape, longest_first)), text.rpartition(answer)[2])
+    return Token(after[0], tokens[after[0]]) if after else None
+
+
+def _renderings(template: str, names: dict[str, str]) -> Iterator[str]:
+    """What a template makes of a short conversation; of one with a system message, and of one in parts, which some
+    templates ask for. What it refuses is left out."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # two seconds
+
+    system = {"role": "system", "content": "System."}
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in PROBE]
+    for messages in (PROBE, [system, *PROBE], parts):
+        try:
+            yield render_jinja_template([messages], chat_template=template, **names)[0][0]
+        except Exception:  # a template is a program: anything can go wrong in it
+            continue
 
 
 def _added_tokens(folder: Path) -> dict[str, int]:
     """Tokens beside the vocabulary, and their ids: from tokenizer.json, or else from tokenizer_config.json."""
     path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if path.is_file():
-        return {token["content"]: token["id"] for token in _read(path).get("added_tokens") or ()}
-    added = _read(config).get("added_tokens_decoder") if config.is_file() else None
-    return {token["content"]: int(number) for number, token in (added or {}).items()}
+    path = path if path.is_file() else config
+    found = _read(path) if path.is_file() else {}
+    try:
+        if path != config:
+            return {token["content"]: token["id"] for token in found.get("added_tokens") or ()}
+        return {token["content"]: int(number) for number, token in (found.get("added_tokens_decoder") or {}).items()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the added tokens in {path} cannot be read ({error!r}); copy it again") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -32,13 +32,14 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache, partial
 from hashlib import sha256
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, processors
 
-from infir2.data.sources import LongFloat, read_json
+from infir2.data.sources import BYTE_ORDER_MARK, LongFloat, read_json
 from infir2.indexed import DataError
 from infir2.receipts import sha256_file
 
@@ -46,16 +47,28 @@ ROLES = ("system", "user", "assistant", "tool")
 THINKING = ("<think>", "</think>")
 # Fields of a message that say whether its turn is trained: 0 or false for no, 1 or true for yes.
 MARKS = ("loss", "loss_mask", "step_loss_mask", "weight", "train", "training", "trainable")
-LIKE_A_MARK = re.compile(
-    r"(?:^|[^a-z])(?:loss|losses|weights?|train|trained|training|trainable|masks?|masked|ignored?)(?![a-z])",
-    re.IGNORECASE,
+NOT_TRAINED = frozenset("masked ignore ignored skip skipped exclude excluded".split())
+MARK_WORDS = NOT_TRAINED | frozenset(
+    "loss losses weight weights mask masks train trained training trainable supervise supervised learn learned "
+    "learnable backprop gradient gradients".split()
 )
+# What a mark's name may hold besides, where it is a whole record's: `training_data` or `loss_curve` is none.
+BESIDE_A_MARK = frozenset("is in include compute calculate on no this sample example turn turns message messages "
+                          "token completion assistant response answer labels".split())  # fmt: skip
 # Fields in which an assistant says something, and those that only say where it belongs.
 SAID = ("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "thoughts", "thinking_blocks",
         "reasoning_details", "reasoning_text", "analysis", "tool_plan", "refusal", "function_call")  # fmt: skip
 ADDRESSES = ("role", "content", "tool_calls", "tool_call_id", "name", "id", *MARKS)
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-            "tool": "tool", "observation": "tool", "function_response": "tool"}  # fmt: skip
+            "tool": "tool", "observation": "tool", "function_response": "tool", "prompter": "user", "bot": "assistant",
+            "chatgpt": "assistant", "model": "assistant", "tool_response": "tool"}  # fmt: skip
+# A record's fields, in any spelling of their words, that hold a system message's text, and definitions of tools.
+SYSTEM = ("system", "system_prompt", "system_message", "system_content")
+TOOLS = ("tools", "functions")
+# A tool call's fields, and those in which others than OpenAI give the arguments.
+CALL = ("name", "arguments", "id", "type", "function", "index")
+ARGUMENTS = ("parameters", "params", "input", "inputs", "args", "kwargs")
+LONG_ENOUGH = 20  # characters of a field that come up in a turn because the template renders the field
 HEADER_CHARACTERS = 100  # a generation prompt's last special token, name of the role and <think> are shorter
 PRIVATE_USE = range(0xE000, 0xF900)
 PROBE = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}]
@@ -105,8 +118,10 @@ def _check_message(where: str, value: Any) -> dict[str, Any]:
     else:
         message.pop("tool_calls", None)  # an empty list calls nothing
     if not {"role", "content"} <= message.keys():
-        found = sorted(value) if isinstance(value, dict) else f"a {type(value).__name__}"
+        found = sorted(message) if isinstance(value, dict) else f"a {type(value).__name__}"
         raise BadMessages("not a message", f"{where} must have role and content, found {found}")
+    if isinstance(message["content"], str):
+        message["content"] = message["content"].lstrip(BYTE_ORDER_MARK)
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise BadMessages("unknown role", f"{where} has the role {role!r}; known: {', '.join(ROLES)}")
@@ -124,7 +139,7 @@ def _check_message(where: str, value: Any) -> dict[str, Any]:
 
 def _from_sharegpt(where: str, message: dict[str, Any]) -> dict[str, Any]:
     """The message with role and content for ShareGPT's `from` and `value`; a `function_call` becomes a tool call."""
-    speaker, said = message["from"], message["value"]
+    speaker, said = str(message["from"]).lower(), message["value"]
     rest = {key: part for key, part in message.items() if key not in ("from", "value")}
     if speaker == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": said, **rest}
@@ -143,15 +158,40 @@ def _tool_calls(where: str, message: dict[str, Any]) -> list[dict[str, Any]]:
         function = call["function"] if nested else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
             raise BadMessages("tool call", f"{where} calls a tool without a name: {call!r:.80}")
-        arguments = decoded(function.get("arguments") or {}, f"arguments of {where}", "tool call")
-        if any(isinstance(leaf, LongFloat) for leaf in _leaves(arguments)):
-            raise BadMessages("tool call", f"the arguments of {where} hold a number of more digits than a float holds")
-        if not isinstance(arguments, dict):
-            found = f"the arguments of {where} are a {type(arguments).__name__}, not an object: {arguments!r:.80}"
-            raise BadMessages("tool call", found)
-        function = {**function, "arguments": arguments}
+        _refuse_other_fields(where, {**call, **function})
+        function = {**function, "arguments": _arguments(where, function.get("arguments"))}
         checked.append({**call, "function": function} if nested else function)
     return checked
+
+
+def _refuse_other_fields(where: str, call: dict[str, Any]) -> None:
+    """Refuses a call that says something outside its name and `arguments`, which templates do not render."""
+    others = {
+        key: value
+        for key, value in call.items()
+        if key not in CALL and value and (key in ARGUMENTS or isinstance(value, dict | list))
+    }
+    if others:
+        raise BadMessages(
+            "tool call", f"{where} calls a tool with {others!r:.80}: what it is called with is `arguments`"
+        )
+
+
+def _arguments(where: str, value: Any) -> dict[str, Any]:
+    """The arguments of a call as an object, {} for none; numbers in it are as they were written."""
+    if isinstance(value, str) and not value.strip():
+        return {}
+    arguments = decoded(value, f"arguments of {where}", "tool call")
+    if arguments is None or arguments == []:
+        return {}
+    if not isinstance(arguments, dict):
+        found = f"the arguments of {where} are a {type(arguments).__name__}, not an object: {arguments!r:.80}"
+        raise BadMessages("tool call", found)
+    for leaf in _leaves(arguments):
+        if isinstance(leaf, float) and (isinstance(leaf, LongFloat) or not isfinite(leaf)):
+            found = f"the arguments of {where} hold {leaf!s:.40}, which a float of JSON does not hold"
+            raise BadMessages("tool call", found)
+    return arguments
 
 
 def decoded(value: Any, what: str, reason: str) -> Any:
@@ -166,7 +206,7 @@ def decoded(value: Any, what: str, reason: str) -> Any:
 
 def _check_marks(where: str, message: dict[str, Any]) -> None:
     """Refuses marks of a name or value that is not known, yes and no at once, and yes for what is only read."""
-    marks = {key: message[key] for key in message if LIKE_A_MARK.search(key)}
+    marks = {key: message[key] for key in message if not MARK_WORDS.isdisjoint(_words(key))}
     unknown = {key: value for key, value in marks.items() if key not in MARKS or value not in (0, 1)}
     if unknown:
         found = f"{where} has {unknown!r:.80}; known are {', '.join(MARKS)}, 0 or false and 1 or true"
@@ -179,12 +219,40 @@ def _check_marks(where: str, message: dict[str, Any]) -> None:
 
 
 def check_record(record: dict[str, Any]) -> None:
-    """Refuses (BadMessages) a record that is marked as not trained, or weighed, as a whole."""
-    marks = {key: record[key] for key in MARKS if record.get(key) is not None and record[key] == 0}
-    if record.get("weight", 1) not in (None, 1):
-        marks["weight"] = record["weight"]
+    """Refuses (BadMessages) a record that says, for all of it or turn by turn, that it is not trained, or weighed; and
+    one with arguments of its own for the template."""
+    marks = {key: value for key, value in record.items() if _is_mark(key) and _leaves_out(key, value)}
     if marks:
         raise BadMessages("unknown mark", f"the record has {marks!r:.80}: mark its turns, or leave it out of the data")
+    if record.get("chat_template_kwargs"):
+        found = f"the record has chat_template_kwargs {record['chat_template_kwargs']!r:.80}, which would be ignored"
+        raise BadMessages("template arguments", f"{found}: prepare such records apart, --apply-chat-template-kwargs")
+
+
+def _words(key: str) -> list[str]:
+    """The words of a field's name, as of loss_mask, lossMask or Loss-Mask."""
+    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower())
+
+
+def _is_mark(key: str) -> bool:
+    words = set(_words(key))
+    return key in MARKS or (not MARK_WORDS.isdisjoint(words) and words <= MARK_WORDS | BESIDE_A_MARK)
+
+
+def _leaves_out(key: str, value: Any) -> bool:
+    """Whether a record's mark leaves something out, or weighs it; a number may also be what somebody measured."""
+    words = set(_words(key))
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(one, int | float) for one in value)
+    if isinstance(value, str):
+        value = {"0": 0, "false": 0, "no": 0, "1": 1, "true": 1, "yes": 1}.get(value.strip().lower())
+    if not isinstance(value, int | float | Decimal):
+        return False
+    if words & {"weight", "weights"}:
+        return value != 1
+    if words & (NOT_TRAINED | {"no"}):
+        return value == 1
+    return value == 0 or (value == 1 and key not in MARKS and bool(words & {"mask", "masks"}))  # which is which?
 
 
 def is_trained(message: dict[str, Any]) -> bool:
@@ -203,18 +271,68 @@ def check_tools(value: Any) -> Tools:
     return tools
 
 
-def _tool_name(tool: dict[str, Any]) -> Any:
+def tools_of(record: dict[str, Any]) -> Tools:
+    """The definitions of tools in a record, or in a message; [] for none. Raises BadMessages."""
+    found = {key: tools for key in TOOLS if (tools := check_tools(record.get(key)))}
+    if len(found) > 1:
+        raise BadMessages("tools", f"definitions of tools are in {' and in '.join(found)}: keep one of them")
+    return next(iter(found.values()), [])
+
+
+def without_nulls_of_tables(messages: Messages, tools: Tools) -> tuple[Messages, Tools]:
+    """Both without what a table that became JSON left in them: parameters that are null, and null arguments that the
+    called tool's definition does not have. Tables give all tools the fields of each."""
+    tools = [_with_properties(tool) for tool in tools]
+    known = {_tool_name(tool): properties for tool in tools if (properties := _properties(tool)) is not None}
+
+    def cleaned(call: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": cleaned(call["function"])}
+        if call["name"] not in known:
+            return call
+        own = known[call["name"]]
+        kept = {key: value for key, value in call["arguments"].items() if value is not None or key in own}
+        return {**call, "arguments": kept}
+
+    return [
+        {**m, "tool_calls": list(map(cleaned, m["tool_calls"]))} if "tool_calls" in m else m for m in messages
+    ], tools
+
+
+def _properties(tool: dict[str, Any]) -> dict[str, Any] | None:
+    """The parameters in a tool's definition by name; None where it does not tell them."""
+    schema = _function(tool).get("parameters")
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    return properties if isinstance(properties, dict) else None
+
+
+def _with_properties(tool: dict[str, Any]) -> dict[str, Any]:
+    """The definition without parameters that are null, which no schema is."""
+    properties = _properties(tool)
+    if properties is None or None not in properties.values():
+        return tool
+    if isinstance(tool.get("function"), dict):
+        return {**tool, "function": _with_properties(tool["function"])}
+    kept = {key: value for key, value in properties.items() if value is not None}
+    return {**tool, "parameters": {**tool["parameters"], "properties": kept}}
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
     function = tool.get("function")
-    return (function if isinstance(function, dict) else tool).get("name")
+    return function if isinstance(function, dict) else tool
+
+
+def _tool_name(tool: dict[str, Any]) -> Any:
+    return _function(tool).get("name")
 
 
 def with_system(messages: Messages, record: dict[str, Any]) -> Messages:
-    """The conversation with the text of the record's `system` (or `system_prompt`) as its system message.
+    """The conversation with the text of the record's `system` (or another of SYSTEM) as its system message.
 
     Raises BadMessages for what is no string, and where the messages begin with another system message.
     """
-    for key in ("system", "system_prompt"):
-        system = record.get(key)
+    for key in (key for key in record if "_".join(_words(key)) in SYSTEM):
+        system = record[key]
         if system is None or (isinstance(system, str) and not system.strip()):
             continue
         if not isinstance(system, str):
@@ -285,7 +403,7 @@ class ChatTokenizer:
     def __init__(self, folder: Path, template_arguments: Mapping[str, Any] | None = None) -> None:
         self.path = folder / "tokenizer.json"
         self.sha256, self._tokenizer = read_tokenizer(self.path)
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder().items()
         self.special_tokens = {token.content: index for index, token in added if token.special}
         if not self.special_tokens:
@@ -393,7 +511,7 @@ class ChatTokenizer:
             if not text.endswith(self.end_of_turn, start, end):
                 found = f"a turn ends in {text[start:end][-20:]!r}, not in {self.end_of_turn}"
                 raise BadMessages("no end of turn", found)
-        self._check_tools_rendered(text, tools)
+        self._check_tools_rendered(text, [*(tools or []), *(tool for m in messages for tool in tools_of(m))])
         texts = {turn: text[self._header(text, start) : end] for (start, end), turn in turns}
         left_out = Counter(self._left_out(messages, text, texts))
         shortened = left_out.pop("", 0)
@@ -518,8 +636,11 @@ class ChatTokenizer:
                 function = call.get("function", call)
                 if not all(_holds(turn, part) for part in _strings_in([function["name"], function["arguments"]])):
                     raise BadMessages("tool call", f"{where}: the chat template does not render all of {call!r:.80}")
+                if place in trained and None in _leaves(function["arguments"]):
+                    yield "calls with null arguments"
             for name in (name for name in message if name not in ADDRESSES):
-                if all(_holds(turn, part) for part in _leaves(message[name]) if isinstance(part, str)):
+                parts = [part for part in _leaves(message[name]) if isinstance(part, str) and part.strip()]
+                if all(_holds(turn, part) for part in parts) and (self._knows(name) or _by_no_chance(parts)):
                     continue
                 if self._knows(name):
                     whole = False  # as templates cut the thoughts of earlier turns
@@ -595,7 +716,8 @@ def read_chat_template(folder: Path) -> str:
             raise DataError(f"{path} cannot be read: {error}. Save it as UTF-8.") from error
     template = _read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(named, {}).get("template")
     if not isinstance(template, str):
         raise DataError(
             f"{folder} has no chat template, neither chat_template.jinja nor a default in tokenizer_config.json. Give "
@@ -612,8 +734,12 @@ def special_tokens_map(folder: Path) -> dict[str, str]:
         entries = _read_json(folder / file)
         values = {name: entries.get(name) for name in names}
         found |= {
-            name: value["content"] if isinstance(value, dict) else value for name, value in values.items() if value
+            name: value.get("content") if isinstance(value, dict) else value for name, value in values.items() if value
         }
+        if wrong := [name for name, value in found.items() if not isinstance(value, str)]:
+            raise DataError(
+                f"{folder / file}: {wrong[0]} is no token but {values[wrong[0]]!r:.80}. Copy the file again."
+            )
     return found
 
 
@@ -682,6 +808,11 @@ def _holds(text: str, content: str) -> bool:
     spellings = (content, json.dumps(content, ensure_ascii=False)[1:-1])
     squeezed = "".join(text.split())
     return any("".join(spelling.split()) in squeezed for spelling in spellings)
+
+
+def _by_no_chance(parts: list[str]) -> bool:
+    """Whether these strings, found in a text, are not there by chance, as "4" is in an answer or its header."""
+    return all(len(part.strip()) >= LONG_ENOUGH for part in parts)
 
 
 def _strings_in(value: Any) -> Iterator[str]:

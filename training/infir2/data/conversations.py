@@ -25,8 +25,9 @@ from infir2.data.chat import (
     Tools,
     check_messages,
     check_record,
-    check_tools,
+    tools_of,
     with_system,
+    without_nulls_of_tables,
 )
 from infir2.data.pipeline import (
     Converted,
@@ -45,7 +46,7 @@ from infir2.data.samples import mask_path
 from infir2.data.sources import Block
 from infir2.indexed import DataError, IndexedWriter
 
-VERSION = 2  # raise it when the same request would give other bytes
+VERSION = 3  # raise it when the same request would give other bytes
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Conversations:
         found = Outcomes()
         for where, record in block.records(found):
             try:
-                messages, tools = self._messages(record), check_tools(record.get("tools"))
+                messages, tools = without_nulls_of_tables(self._messages(record), tools_of(record))
                 rendering = self.tokenizer.rendering(messages, self.last_only, tools)
                 found.append(Conversation(where, messages, tools, rendering))
             except BadMessages as error:

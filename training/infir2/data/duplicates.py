@@ -39,11 +39,13 @@ SPELLINGS = {
     for code in range(0xA0, 0x10000)
     if unicodedata.decomposition(chr(code)).startswith(SAME_CHARACTER) or 0xFB00 <= code <= 0xFB06  # ligatures: fi, st
 }
-CAPITALISED = re.compile(r"(?<![^\W\d_])[A-ZÀ-ÖØ-ÞΑ-ΩА-Я](?=[a-zß-öø-ÿα-ωа-я]+(?![^\W\d_]))")
+CAPITALISED = re.compile(  # but no unit: 5 Mg are not 5 mg
+    r"(?<![^\W_])(?<!\d )[A-ZÀ-ÖØ-ÞΑ-ΩА-Я](?=[a-zß-öø-ÿα-ωа-я]+(?![^\W\d_]))"
+)
 # Characters of scripts that are written without spaces between words.
 UNSPACED = (
-    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3021-\u3029\u3040-\u312f\u31a0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua48f\uf900-\ufaff\U00016fe0-\U00018cff\U0001b000-\U0001b2ff"
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f\u3005-\u3007\u3021-\u3029\u3040-\u312f\u31a0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua48f\ua980-\ua9ff\uaa60-\uaadf\uf900-\ufaff\U00016fe0-\U00018cff\U0001b000-\U0001b2ff"
     "\U00020000-\U0003ffff"
 )
 UNSPACED_CHARACTER = re.compile(f"[{UNSPACED}]")
@@ -58,7 +60,7 @@ def normalised(text: str) -> str:
 def nearly_as_written(text: str) -> str:
     """Text in which questions are compared: as `normalised`, but symbols keep their case (X and x, AB and ab).
 
-    Only a word written with one capital, its first letter, is written small.
+    Only a word written with one capital, its first letter, is written small, and not after a number.
     """
     return CAPITALISED.sub(lambda match: match[0].lower(), _spelled(text))
 

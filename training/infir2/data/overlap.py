@@ -501,8 +501,13 @@ def _search(
             found = contamination.find("\n".join(strings(record if key is None else record[key])))
             matches += [match.facts(where) for match in found]
             if not found:
-                kept.write((orjson.dumps(record, default=_json_of) if line is None else line.rstrip(b"\r")) + b"\n")
+                kept.write((_as_json(record) if line is None else line.rstrip(b"\r")) + b"\n")
     return records, matches
+
+
+def _as_json(record: dict[str, Any]) -> bytes:
+    """A row of a table in JSON, without its nulls: a table gives every row the fields of each."""
+    return orjson.dumps({key: value for key, value in record.items() if value is not None}, default=_json_of)
 
 
 def _json_of(value: Any) -> Any:

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from infir2.data import duplicates, overlap
-from infir2.data.sources import BLOCK_BYTES, Block, Rejects, Source, open_sources
+from infir2.data.sources import BLOCK_BYTES, BYTE_ORDER_MARK, Block, Rejects, Source, open_sources
 from infir2.data.tokenizer import LIBRARIES, DocumentTokenizer
 from infir2.data.workers import in_order
 from infir2.files import write_text
@@ -41,7 +41,7 @@ from infir2.receipts import (
     write_manifest,
 )
 
-VERSION = 3  # raise it when the same request would give other bytes
+VERSION = 4  # raise it when the same request would give other bytes
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "prepare_data.py"
 BLOCKS_WORTH_A_PROCESS = 2  # to start one and load the tokenizer takes seconds
 BLEND = "train.blend"
@@ -132,10 +132,10 @@ def documents(block: Block, key: str, rejects: Rejects) -> Iterator[tuple[str, s
             rejects.bad(where, "no text", found)
         elif not isinstance(record[key], str):
             rejects.bad(where, "no text", f"field {key!r} is a {type(record[key]).__name__}, not a string")
-        elif not record[key].strip():
+        elif not (text := record[key].lstrip(BYTE_ORDER_MARK)).strip():
             rejects.bad(where, "empty document", "nothing but white space")
         else:
-            yield where, record[key]
+            yield where, text
 
 
 class Survey:

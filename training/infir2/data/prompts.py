@@ -29,9 +29,9 @@ from infir2.data.chat import (
     Messages,
     Rendering,
     check_messages,
-    check_tools,
     decoded,
     label_text,
+    tools_of,
     with_system,
 )
 from infir2.data.pipeline import (
@@ -50,7 +50,7 @@ from infir2.data.pretraining import positive
 from infir2.data.sources import Block
 from infir2.indexed import DataError
 
-VERSION = 2  # raise it when the same request would give other bytes
+VERSION = 3  # raise it when the same request would give other bytes
 PARSING_SECONDS = 5
 
 NUMBER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?", re.ASCII)
@@ -66,8 +66,13 @@ MISREAD = {
     "a number in exponent form": re.compile(r"\d[eE][-+]?\d"),
     "a number in another base": re.compile(r"\b0[xXbBoO][0-9A-Fa-f]"),
     "several decimal points": re.compile(r"\.\.|\.\d+\.\d"),
-    "a comma that parts no thousands": re.compile(r",0\d"),
+    "a comma that parts no thousands": re.compile(r",\s*0\d"),
     "a bar between digits": re.compile(r"\d\|\d"),
+    "a power written with **": re.compile(r"\*\*"),
+    "a signed exponent without braces": re.compile(r"\^\s*[-+]"),
+    "an &": re.compile("&"),
+    "an operator at its end": re.compile(r"[-+*/^]\W*$"),
+    "a decimal comma": re.compile(r"\.\d{3},\d"),
 }
 LABEL_KEYS = ("label", "reward_model.ground_truth")  # the second is that of DAPO's and verl's data sets
 
@@ -161,7 +166,7 @@ class Prompts:
         prompt = self._field(record, "prompt", [self.args.prompt_key])
         messages = check_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
         messages = with_system(messages, record)
-        if check_tools(record.get("tools")):
+        if tools_of(record):
             raise BadMessages("tools", "definitions of tools are not given to the model in RL; leave such prompts out")
         if messages[-1]["role"] == "assistant":
             raise BadMessages("roles out of order", "a prompt ends before the assistant's turn, this one with it")

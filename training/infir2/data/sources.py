@@ -39,6 +39,9 @@ COMPRESSIONS = (".gz", ".zst")
 SHOWN_REJECTS = 10
 LONG_NUMBER = re.compile(rb"[0-9.]{17}")  # may have more digits than orjson keeps
 
+BYTE_ORDER_MARK = "\ufeff"  # a file that was read as UTF-8 and had one gives it to its text
+BYTE_ORDER_MARKS = re.compile(rb"^(?:%b)+" % BOM_UTF8, re.MULTILINE)  # where files were joined, at any line's beginning
+
 log = logging.getLogger("prepare_data")
 
 
@@ -101,7 +104,7 @@ class LineBlock(Block):
 
     def entries(self, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
         for number, marked in enumerate(self.payload.split(b"\n"), start=self.first):
-            line = marked.removeprefix(BOM_UTF8)
+            line = BYTE_ORDER_MARKS.sub(b"", marked)
             if line and not line.isspace():  # a blank line holds no record
                 where = f"{self.path}:{number}"
                 record = parse_json(line, where, rejects)
@@ -117,9 +120,12 @@ class TextBlock(Block):
 
     def entries(self, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
         try:
-            yield str(self.path), {self.text_key: self.payload.removeprefix(BOM_UTF8).decode("utf-8")}, None
+            text = BYTE_ORDER_MARKS.sub(b"", self.payload).decode("utf-8")
         except UnicodeError as error:
-            rejects.bad(str(self.path), "not valid UTF-8", str(error))
+            return rejects.bad(str(self.path), "not valid UTF-8", str(error))
+        if "\0" in text:
+            return rejects.bad(str(self.path), "not text", f"a zero byte at {text.index(chr(0))}: UTF-16, or binary")
+        yield str(self.path), {self.text_key: text}, None
 
 
 class TableBlock(Block):
@@ -127,15 +133,15 @@ class TableBlock(Block):
 
     def entries(self, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
         number = self.first
-        for batch in map(_with_times_as_strings, pa.ipc.open_stream(self.payload)):
+        for batch in map(_as_written, map(_with_times_as_strings, pa.ipc.open_stream(self.payload))):
             for row in range(batch.num_rows):
                 where = f"{self.path}, row {number}"
                 number += 1
                 try:
-                    values = [column[row].as_py(maps_as_pydicts="lossy") for column in batch]
+                    values = [column[row].as_py(maps_as_pydicts="strict") for column in batch]
                 except UnicodeError as error:
                     rejects.bad(where, "not valid UTF-8", str(error))
-                except (ValueError, OverflowError, pa.ArrowException) as error:
+                except (ValueError, KeyError, OverflowError, pa.ArrowException) as error:
                     rejects.bad(where, "unreadable value", str(error))
                 else:
                     yield where, dict(zip(batch.schema.names, map(_without_nulls, values), strict=True)), None
@@ -149,6 +155,30 @@ def _with_times_as_strings(batch: pa.RecordBatch) -> pa.RecordBatch:
             columns = [column.cast(kind) for column, kind in zip(batch, types, strict=True)]
             batch = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
     return batch
+
+
+def _as_written(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with floats of 16 and 32 bits at every depth as those of 64 bits that are written alike: 0.1 as 0.1."""
+    types = [_mapped(field.type, _in_64_bits) for field in batch.schema]
+    if types == batch.schema.types:
+        return batch
+    columns = list(batch)
+    for target in (_in_32_bits, _in_digits):
+        columns = [column.cast(_mapped(column.type, target)) for column in columns]
+    columns = [column.cast(kind) for column, kind in zip(columns, types, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _in_64_bits(kind: pa.DataType) -> pa.DataType:
+    return pa.float64() if pa.types.is_floating(kind) else kind
+
+
+def _in_32_bits(kind: pa.DataType) -> pa.DataType:
+    return pa.float32() if pa.types.is_float16(kind) else kind
+
+
+def _in_digits(kind: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_float32(kind) else kind
 
 
 def _in_utc(kind: pa.DataType) -> pa.DataType:
@@ -423,10 +453,19 @@ def _open(path: Path, text_key: str | None, block_bytes: int) -> list[Source]:
     return [kind(path, text_key, block_bytes)]
 
 
+def _splits(path: Path) -> list[str]:
+    """The names in a dataset_dict.json; none where it does not tell them."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["splits"]
+    except (ValueError, LookupError, TypeError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
 def _arrow_files(folder: Path) -> list[Path]:
     """The Arrow files of a `datasets` folder, in its order."""
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits")
+        splits = _splits(folder / "dataset_dict.json")
         raise DataError(f"{folder} holds the splits {splits}. Name one: {folder}/{(splits or ['SPLIT'])[0]}")
     state = folder / "state.json"
     if not state.is_file():

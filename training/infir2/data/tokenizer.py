@@ -45,7 +45,7 @@ class DocumentTokenizer:
         self._reference.no_padding()
         self._reference.encode_special_tokens = not parse_special_tokens
         self._parse_special_tokens = parse_special_tokens
-        self.vocab_size = max(self._reference.get_vocab().values()) + 1
+        self.vocab_size = max(self._reference.get_vocab().values(), default=-1) + 1
         self.eod = self._document_end(eod_token)
         self._wanted = library
 
