@@ -209,7 +209,6 @@ PLAIN = "6 * 12?\nAnswer:"
         (DAPO, r"\boxed{6} times 12 is" + "\nAnswer: 72", "c"),
         (DAPO, "so\n**Final Answer: 72**", "c"),
         (DAPO, "The final answer: 72", "c"),
-        (DAPO, "A wrong answer: 72", "n"),
         (DAPO, "Answer: as follows\n" + r"\boxed{72}", "c"),
         (DAPO, "Answer: 999 = 72", "w"),
         (DAPO, "Answer: 71, 72", "w"),
