@@ -111,6 +111,18 @@ def test_every_flag_exists():
     assert used - with_megatron("test_backend", "known_flags") == set()
 
 
+@pytest.mark.parametrize("flags", [[], ["--wandb-project=x"]])
+def test_wandb_is_imported_where_it_is_used(flags, tmp_path):
+    """Pins: two folders of wandb in the temporary folder after each killed run, which had no use for it."""
+    program = "import os, signal, sys; from infir2 import backend; backend.install(); import megatron.core.timers\n"
+    program += "print('wandb', bool(sys.modules.get('wandb')), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", program, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert f"wandb {bool(flags)}" in done.stdout, done.stderr
+    assert bool(list(tmp_path.glob("*wandb*"))) == bool(flags)
+
+
 def test_what_killed_processes_leave():
     """Their temporary files lie in a folder that goes with the tests. Pins: two folders of wandb, which Megatron
     imports, left in /tmp by each process that a test killed."""

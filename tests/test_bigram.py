@@ -97,5 +97,5 @@ def test_damaged_or_tiny_folder_is_refused(tmp_path, caplog):
     (folder / "valid.bin").write_bytes(b"")
     one = prepared(tmp_path / "one", documents(1, 1), documents(2, 1))
     for data, message in {folder: "valid.bin has 0 bytes", one: "one document", tmp_path: "manifest.json"}.items():
-        assert bigram.main(["--data", str(data)]) == 1
+        assert bigram.main(["--data", str(data)]) == 2
         assert message in caplog.records[-1].getMessage()

@@ -52,6 +52,12 @@ ATTEMPTS = {
     "take memory in files without a name": "os.write(os.memfd_create('x'), bytes(1 << 20))",
     "take memory that processes share": "assert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0",
     "take memory of the kernel": "assert ctypes.CDLL(None).msgget(0, 0o1600) >= 0",
+    "take memory that is mapped and shared": "import mmap; mmap.mmap(-1, 2 << 30)",
+    "take memory in a folder of memory": "open('/dev/shm/x', 'w')",
+    "start a program": "os.posix_spawn('/bin/true', ['true'], {{}})",
+    "fill the disk with files that are removed": (
+        "for _ in range(100): file = os.open('/tmp', os.O_TMPFILE | os.O_RDWR); os.write(file, bytes(1 << 20))"
+    ),
     "fill the disk": "[open(f'/tmp/{{n}}', 'wb').write(bytes(1 << 20)) for n in range(100)]",
 }
 

@@ -98,7 +98,9 @@ def test_settings_and_flags():
 
 
 def test_a_running_server_is_used():
+    """Pins: the few requests at once that a CPU of ours takes, asked of somebody else's server."""
     text = printed("gpqa_eval", API_URL="http://host:1/v1", INFIR2_BACKEND="")
+    assert '"eval_batch_size": 128' in text
     assert "sglang" not in text
     assert "run_evalscope.py --ask --review /out/gpqa/FP8/task.json" in text
 

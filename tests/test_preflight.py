@@ -68,9 +68,12 @@ def damaged(parent: Path, tmp_path: Path, name: str, damage) -> str:
 
 
 def test_checkpoints(parent, flags, tmp_path):
-    """Missing, half-written and foreign checkpoints. Pins: Megatron ends with status 0, or trains from scratch."""
+    """Missing, half-written and foreign checkpoints. Pins: Megatron ends with status 0, or trains from scratch; a
+    --load that is not there passed over for --pretrained-checkpoint; a damaged run.json that is not named."""
     half = damaged(parent, tmp_path, "half", lambda run, last: (last / "metadata.json").unlink())
     cut = damaged(parent, tmp_path, "cut", lambda run, last: next(last.glob("*.distcp")).write_bytes(b"x"))
+    listed = damaged(parent, tmp_path, "listed", lambda run, last: (run / "run.json").write_text("[]"))
+    torn = damaged(parent, tmp_path, "torn", lambda run, last: (run / "run.json").write_text('{"seed":'))
     empty = damaged(parent, tmp_path, "empty", lambda run, last: (run / "latest_checkpointed_iteration.txt").unlink())
     cases = [
         (["--pretrained-checkpoint", str(parent)], ""),
@@ -78,6 +81,11 @@ def test_checkpoints(parent, flags, tmp_path):
         (["--pretrained-checkpoint", str(tmp_path / "absent")], "does not exist"),
         (["--pretrained-checkpoint", empty], "holds no checkpoint"),
         (["--load", str(tmp_path / "absent")], "holds no checkpoint"),
+        (["--load", str(tmp_path / "absent"), "--pretrained-checkpoint", str(parent)], "absent holds no checkpoint"),
+        (["--load", str(tmp_path / "run"), "--pretrained-checkpoint", str(parent)], ""),
+        (["--pretrained-checkpoint", torn], "torn/run.json cannot be read as JSON"),
+        (["--save", torn, "--load", torn], "torn/run.json cannot be read as JSON"),
+        (["--pretrained-checkpoint", listed], "listed/run.json holds a list, not an object"),
         (["--load", str(parent / "iter_0000011")], "does not exist"),
         (["--pretrained-checkpoint", half], "half-written"),
         (["--pretrained-checkpoint", cut], "1 bytes long, at least"),
@@ -202,6 +210,27 @@ def test_missing_flags(flags):
     assert "WSD needs --lr-wsd-decay-iters" in found[6]
 
 
+def test_numbers_and_folders(flags, tmp_path):
+    """Pins: tracebacks minutes after the start, when Megatron divides by an interval, seeds, or writes its index; the
+    vocabulary of a damaged tokenizer that is not named."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_text('{"model": []}')
+    (tmp_path / "file").touch()
+    cases = [
+        (["--eval-interval", "0"], "--eval-interval 0; expected 1 or more"),
+        (["--log-interval", "0"], "--log-interval 0; expected 1 or more"),
+        (["--eval-iters", "-1"], "--eval-iters -1; expected 0 or more"),
+        (["--seed", "0"], "--seed 0; expected 1 or more"),
+        (["--train-iters", "0", "--lr-warmup-iters", "0"], "--train-iters 0; expected 1 or more"),
+        (["--data-cache-path", str(tmp_path / "file/cache")], f"'{tmp_path / 'file/cache'}'"),
+        (
+            ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "tokenizer")],
+            "tokenizer/tokenizer.json is no tokenizer with a vocabulary",
+        ),
+    ]
+    check(flags, cases)
+
+
 def test_branches(parent, flags, tmp_path):
     """A branch goes on where the parent's learning rate is, with the parent's Adam and order of samples.
 
@@ -223,7 +252,7 @@ def test_branches(parent, flags, tmp_path):
         (branch(20, 24), f"{jump} 20 {parent} has 0.0003 {phases}"),
         (branch(2, 8), f"{jump} 2 {parent} has 0.0015 {phases}, this run 0.003 (0.003 to 4, WSD decay"),
         (branch(10, 12, "--lr-wsd-decay-iters", "8"), f"{jump} 10"),
-        (branch(10, 14, "--min-lr", "0"), "other learning rates (min_lr was 0.0003, is 0.0)"),
+        (branch(10, 14, "--min-lr", "0"), "other learning rates (min_lr was 0.0003, is 0.0); keep them, or"),
         (branch(10, 14, "--lr", "1e-3"), "other learning rates (lr was 0.003, is 0.001)"),
         (branch(10, 14, "--data-index-iters", "40"), "made for 20 iterations in"),
         (branch(10, 800), "ends after 282 samples, --train-iters 800 needs 3200: take 70 iterations"),

@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from infir2 import ray_cluster
+from infir2 import ray_cluster, serving
+from infir2.indexed import DataError
 from infir2.ray_launch import Place, environments
 from infir2.rl import sglang_weights
 
@@ -267,6 +269,28 @@ def test_cluster_that_cannot_be_used(version, token, environment, text):
     assert text in str(refusal.value)
     with pytest.raises(ray_cluster.Refusal, match="no Ray dashboard answers at RAY_ADDRESS"):
         ray_cluster.find({"RAY_ADDRESS": address})  # it is gone now
+
+
+def test_what_speaks_no_http_is_no_dashboard(monkeypatch):
+    """Pins: a traceback where another program has Ray's port."""
+
+    class Greeting(socketserver.StreamRequestHandler):
+        def handle(self):
+            self.rfile.readline()
+            self.wfile.write(b"220 ready\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Greeting) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(ray_cluster, "LOCAL_DASHBOARD", address)
+        assert ray_cluster.find({}) == "local"
+        with pytest.raises(ray_cluster.Refusal, match="no Ray dashboard answers at RAY_ADDRESS"):
+            ray_cluster.find({"RAY_ADDRESS": address})
+        with pytest.raises(DataError, match="no server answers at API_URL"):
+            serving.only_model(address, "EMPTY")
+        with pytest.raises(DataError, match="no server completes a chat at API_URL"):
+            serving.check_running(address, "x", {}, "EMPTY")
+        server.shutdown()
 
 
 JOIN = """

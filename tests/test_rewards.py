@@ -207,6 +207,8 @@ PLAIN = "6 * 12?\nAnswer:"
         (DAPO, "Answer: 71\nAnswer: 72", "c"),
         (DAPO, "Answer: 72\nAnswer: 71", "w"),
         (DAPO, r"\boxed{6} times 12 is" + "\nAnswer: 72", "c"),
+        (DAPO, "so\n**Final Answer: 72**", "c"),
+        (DAPO, "The final answer: 72", "c"),
         (DAPO, "Answer: as follows\n" + r"\boxed{72}", "c"),
         (DAPO, "Answer: 999 = 72", "w"),
         (DAPO, "Answer: 71, 72", "w"),
@@ -392,6 +394,31 @@ def test_math_verify_is_asked_gold_first(math_verify):
     assert answers == {("1<x<2", "(1,2)"): "correct", ("(1,2)", "1<x<2"): "wrong"}
 
 
+@pytest.mark.parametrize(
+    ("label", "answer", "same"),
+    [
+        (r"\frac{1}{2}", "\u00bd", True), ("\u00bd", "0.5", True), (r"\frac{3}{2}", "1\u00bd", True),
+        (r"\frac{11}{2}", "1\u00bd", False), (r"\sqrt{2}", "\u221a2", True), (r"\sqrt{10}", "\u221a10", True),
+        (r"\sqrt{1+x}", "\u221a(1+x)", True), (r"\sqrt{x}", "\u221ax", True), (r"\sqrt{2}x", "\u221a2x", True),
+        (r"\sqrt{2x}", "\u221a2x", False), (r"\sqrt[3]{2}", "\u221b2", True),
+        (r"\frac{\sqrt{3}}{2}", "\u221a3/2", True),
+        (r"\frac{\sqrt{3}}{2}", "\u221a(3/2)", False), ("2^3", "2\u00b3", True), ("23", "2\u00b3", False),
+        (r"\frac{1}{1000}", "10\u207b\u00b3", True), (r"120^\circ", "120\u00b0", True), (r"\infty", "\u221e", True),
+        (r"(-\infty,3)", "(-\u221e,3)", True), (r"[1,2]\cup[3,4]", "[1,2]\u222a[3,4]", True),
+        (r"[1,2]\cup[3,4]", "[1,2]\u2229[3,4]", False), ("34", "x \u2264 34", False), ("34", "\u00b134", False),
+        ("34", "\u224834", False), ("34", "34 \u2228 35", False), (r"\pm 3", "\u00b13", True), ("1", "1.", True),
+        ("(E)", "E", True), ("(E)", "(D)", False), (r"\emptyset", "\u2205", True), ("(1,2)", r"\{1,2\}", False),
+        (r"\{1,2\}", "(1,2)", False), (r"\{1,2\}", r"\{2,1\}", True), ("(0,1)", "[0,1]", False),
+    ],
+)  # fmt: skip
+def test_characters_for_commands(math_verify, deepscaler, label, answer, same):
+    """Pins: math-verify stopping at a half, a root or a power in one character, 34 found in a choice of signs, a set
+    taken for a tuple. deepscaler's reader is held to the same."""
+    sample = Sample("", rf"</think>\boxed{{{answer}}}", label)
+    for pool in (math_verify, deepscaler):
+        assert [score.reward for score in pool.score([sample])] == [same]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**13))
 def test_spellings_of_an_integer(number):
@@ -560,6 +587,25 @@ def test_scorer_without_metadata(task):
     assert reward(Sample(item["question"], response, item["answer"], item["metadata"])).why is Why.CORRECT
     with pytest.raises(ValueError, match="the scorer reads the item's metadata, and the prompt has none"):
         reward(Sample(item["question"], response, item["answer"]))
+
+
+@pytest.mark.parametrize("task", ["boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"])
+def test_task_without_an_answer(task):
+    """Scored by its metadata alone. Pins: items without an answer that no run could have."""
+    import reasoning_gym
+
+    (item,) = reasoning_gym.create_dataset(task, size=1, seed=1)
+    assert item["answer"] is None
+    score = rewards.find_reward(f"reasoning-gym:{task}")(Sample(item["question"], r"\boxed{x}", None, item["metadata"]))
+    assert score.why is Why.WRONG
+    assert not score.detail
+
+
+def test_task_that_needs_its_answer():
+    """Pins: a label that is not there compared as None, and every answer wrong."""
+    reward = rewards.find_reward("reasoning-gym:chain_sum")
+    with pytest.raises(ValueError, match="the scorer reads the item's answer, and the prompt has none"):
+        reward(Sample("1 + 1", r"\boxed{2}", None, {}))
 
 
 def test_scorer_that_raises():

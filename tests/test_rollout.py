@@ -10,9 +10,9 @@ import rl_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infir2.data.chat import ChatTokenizer
+from infir2.data.chat import BadMessages, ChatTokenizer, Rendering
 from infir2.indexed import DataError
-from infir2.rl import rollout
+from infir2.rl import rewards, rollout
 from infir2.rl.rewards import Score, Why
 from infir2.rl.rollout import Plan, Response, RolloutError, Sampling, Source, collect
 
@@ -413,11 +413,18 @@ def test_prompts_carry_metadata_and_forms(tokenizer, tmp_path):
     [
         ('{"prompt": " ", "label": "2"}', "line 2: BadMessages: empty content"),
         ('{"prompt": [], "label": "2"}', "line 2: BadMessages: no messages"),
-        ('{"prompt": "1 + 1"}', "line 2: KeyError: 'label'"),
-        ('{"label": "2"}', "line 2: KeyError: 'prompt'"),
+        ('{"prompt": "1 + 1"}', "line 2: ValueError: no 'label' among 'prompt'; --label-key names it"),
+        ('{"label": "2"}', "line 2: ValueError: no 'prompt' among 'label'; --input-key names it"),
+        ("{}", "line 2: ValueError: no 'prompt' among no fields"),
+        ('{"prompt": 5, "label": "2"}', "line 2: BadMessages: no messages"),
+        ('{"prompt": [{"role": "user"}], "label": "2"}', "line 2: BadMessages: "),
+        ('{"messages": [{"content": "1 + 1"}], "label": "2"}', "line 2: KeyError: 'role'"),
+        ('{"prompt": "1 + 1", "label": null, "metadata": {}}', "line 2: .*label"),
+        ("\udcff", "line 2: UnicodeDecodeError"),
+        ("", "line 2: JSONDecodeError"),
         ('{"prompt": "1 + 1", "label": ""}', "line 2: .*label"),
         ('{"prompt": "1 + 1", "label": null}', "line 2: .*label"),
-        ("[1]", "line 2: TypeError"),
+        ("[1]", "line 2: TypeError: a list, not an object"),
         ('{"prompt": "1 + 1", "label": "2", "metadata": "{}"}', "line 2: TypeError: metadata is a str, not an object"),
         ('{"prompt": "1 +', "line 2: JSONDecodeError"),
         (json.dumps({"prompt": "9 + " * 50, "label": "2"}), r"1 prompts of .* longer than 40 .* line 2 \(\d+\)"),
@@ -426,14 +433,49 @@ def test_prompts_carry_metadata_and_forms(tokenizer, tmp_path):
 def test_prompts_refused(tokenizer, tmp_path, second_line, message):
     """A record that cannot be trained on is refused with its line before anything starts."""
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "1 + 1", "label": "2"}\n' + second_line + "\n")
+    path.write_text('{"prompt": "1 + 1", "label": "2"}\n' + second_line + "\n", errors="surrogateescape")
     with pytest.raises(DataError, match=message):
         prompts_of(path, tokenizer)
+
+
+def test_prompts_that_the_template_refuses(tokenizer, tmp_path, monkeypatch):
+    """Pins: what the rendering finds wrong with a record, a system message that does not reach the tokens, ending in a
+    traceback without the line."""
+
+    def refused(messages):
+        if messages[0]["content"] == "no":
+            raise BadMessages("text left out", "the template does not write it")
+        return Rendering("text", [], "", 0, 0, {})
+
+    monkeypatch.setattr(tokenizer, "prompt_rendering", refused)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "yes", "label": "2"}\n{"prompt": "no", "label": "2"}\n')
+    with pytest.raises(DataError, match="line 2: BadMessages: text left out: the template does not write it"):
+        prompts_of(path, tokenizer)
+
+
+def test_prompts_without_a_label(tokenizer, tmp_path):
+    """An item of reasoning-gym whose answer is null is scored by its metadata. Pins: such items refused."""
+    path = tmp_path / "prompts.jsonl"
+    records = [{"prompt": "1", "label": None, "metadata": {"n": 1}}, {"prompt": "2", "metadata": {}}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    prompts = prompts_of(path, tokenizer, needs_label=rewards.needs_label("reasoning-gym:graph_color"))
+    assert prompts.labels == [None, None]
+    assert prompts.metadata == [{"n": 1}, {}]
+    assert prompts.response(0, "x", False).label is None
+    for name in ("deepscaler", "math-verify"):
+        with pytest.raises(DataError, match=r"line 1: .*label"):
+            prompts_of(path, tokenizer, needs_label=rewards.needs_label(name))
+    path.write_text('{"prompt": "1"}\n')
+    with pytest.raises(DataError, match=r"line 1: .*label"):
+        prompts_of(path, tokenizer, needs_label=False)
 
 
 def test_no_prompts(tokenizer, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         prompts_of(tmp_path / "absent.jsonl", tokenizer)
+    with pytest.raises(DataError, match="is a folder"):
+        prompts_of(tmp_path, tokenizer)
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="holds no prompts"):
         prompts_of(tmp_path / "empty.jsonl", tokenizer)

@@ -96,6 +96,22 @@ def test_flags_of_the_user_win_and_launcher_flags_are_taken():
     assert words[words.index("--rdzv-endpoint") + 1] == "node0:29400"
 
 
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        ("InfiR2_CPT_FP8_7B", "--nnodes"),
+        ("InfiR2_CPT_FP8_7B", "--rdzv_endpoint"),
+        ("InfiR2_SFT_FP8_7B_stage1", "--actor-num-nodes"),
+        ("InfiR2_SFT_FP8_7B_stage1", "--wait-seconds"),
+    ],
+)
+def test_launcher_flag_without_its_value(script, flag):
+    """Pins: bash's "unbound variable", with status 1."""
+    done = sft(script, flag) if "SFT" in script else run(script, flag)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(f"error: {flag} needs a value")
+
+
 def test_launches_on_one_node_do_not_meet():
     """Pins: two runs on one host met at port 29400; the second died with the first one's end. And several nodes that
     were told no meeting place waited for each other at their own."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from infir2.data.pretraining import positive
 from infir2.evaluation.answers import after_thinking, boxed_answer
 from infir2.files import json_lines, write_text
 from infir2.stop_tokens import stop_tokens
@@ -99,8 +100,8 @@ def main() -> int:
     parser.add_argument("--model", action="append", required=True, metavar="NAME=HF_DIR")
     parser.add_argument("--problems", action="append", required=True, metavar="NAME=JSONL")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--limit", type=int, help="only the first problems of each set")
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
+    parser.add_argument("--limit", type=positive, help="only the first problems of each set")
     args = parser.parse_args()
     try:
         found = measure(named(args.model), named(args.problems), args.max_new_tokens, args.limit)

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from infir2 import files, fp8, hf
+from infir2.data.pretraining import positive
 from infir2.qwen2 import Shape
 
 QWEN2_5_1_5B = {
@@ -137,8 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="room for the model and the casts, on a real disk")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=positive, default=28)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     source = args.folder / f"model-{args.layers}"
@@ -146,7 +147,10 @@ def main() -> None:
         print(run_arm(args.arm, source, args.folder / f"out-{args.arm}", args.device))
         return
     if not source.exists():
-        make_model(source, args.layers)
+        try:
+            make_model(source, args.layers)
+        except OSError as error:
+            parser.exit(2, f"error: no room for a model below --folder {args.folder}: {error}\n")
     arms = [arm for arm in ARMS if arm != "usual" or args.device == "cuda"]
     control = "usual" if args.device == "cuda" else "copy"
     rounds = []

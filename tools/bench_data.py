@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from infir2.data.pretraining import positive
 from infir2.data.tokenizer import DocumentTokenizer
 from infir2.files import json_lines
 from infir2.indexed import DataError
@@ -187,9 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument("--eod-token", default="<|endoftext|>", metavar="TOKEN")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes of each arm (2)")
+    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes of each arm (2)")
     parser.add_argument("--megabytes", type=float, default=40, metavar="N", help="text (40)")
-    parser.add_argument("--pairs", type=int, default=3, metavar="N", help="runs of both arms (3)")
+    parser.add_argument("--pairs", type=positive, default=3, metavar="N", help="runs of both arms (3)")
     parser.add_argument(
         "--memory", type=int, nargs="*", default=[1, 4, 16], metavar="N", help="times the text (1 4 16)"
     )

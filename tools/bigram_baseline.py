@@ -101,7 +101,7 @@ def baseline(data: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the baseline as JSON. Exit status 1 on any refusal."""
+    """Print the baseline as JSON. Exit status 2 on any refusal."""
     logging.basicConfig(format="%(name)s: %(levelname)s: %(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of tools/prepare_data.py")
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(baseline(args.data)))
     except (DataError, OSError) as error:
         log.error("%s", error)
-        return 1
+        return 2
     return 0
 
 

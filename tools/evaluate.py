@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from infir2 import serving
+from infir2.data.pretraining import positive
 from infir2.evaluation.answers import server_error
 from infir2.evaluation.benchmarks import BENCHMARKS, Benchmark, check
 from infir2.files import json_lines, write_text
@@ -358,6 +360,24 @@ def named(text: str) -> tuple[str, Path]:
         ) from None
 
 
+def _api_url(parser: argparse.ArgumentParser, text: str) -> str:
+    """The address that /chat/completions is added to."""
+    url = text.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    if url and not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+        parser.error(f"--api-url {text!r} is no address of a server; expected http://HOST:PORT/v1, without ? and #")
+    return url
+
+
+def _between(low: float, high: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, found {text}")
+        return value
+
+    return number
+
+
 def parse(words: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
@@ -366,15 +386,15 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add("--dataset", type=Path, required=True, help="folder of the benchmark's problems")
     add("--model", type=named, action="append", default=[], metavar="NAME=DIR", help="Hugging Face folder; repeat")
     add("--output", type=Path, required=True, metavar="DIR")
-    add("--samples", type=int, required=True, help="answers to each problem")
-    add("--max-tokens", type=int, required=True, help="of an answer")
-    add("--temperature", type=float, required=True)
-    add("--top-p", type=float, required=True)
+    add("--samples", type=positive, required=True, help="answers to each problem")
+    add("--max-tokens", type=positive, required=True, help="of an answer")
+    add("--temperature", type=_between(0, 100), required=True)
+    add("--top-p", type=_between(0, 1), required=True)
     add("--system-prompt", help="the benchmark's own in evalscope otherwise")
     add("--prompt-template", help="of the user's message; {question} is the problem; evalscope's own otherwise")
     add("--concurrency", type=int, default=0, help="requests at once (128; 32 to a CPU of ours)")
     add("--backend", choices=["gpu", "cpu"], default="cpu", help="SGLang or transformers serve")
-    add("--tensor-parallel", type=int, default=1, metavar="GPUS")
+    add("--tensor-parallel", type=positive, default=1, metavar="GPUS")
     add("--server-args", default="", help="more of the server's arguments, as one word")
     add("--port", type=int, default=0, help="of the server (a free one)")
     add("--ready-seconds", type=float, default=1800, help="how long a server may take to complete its first chat")
@@ -385,7 +405,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="check, and print the commands and evalscope's task")
     args = parser.parse_args(words)
     args.trained_on = [f"{name}={folder}" for name, folder in args.trained_on]
-    args.api_url = args.api_url.strip().rstrip("/").removesuffix("/chat/completions")
+    args.api_url = _api_url(parser, args.api_url)
     args.concurrency = args.concurrency or (32 if args.backend == "cpu" and not args.api_url else 128)
     args.api_key = os.environ.get("API_KEY") or "EMPTY"
     names = [name for name, _ in args.model]

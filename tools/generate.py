@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 
+from infir2.data.pretraining import positive
+from infir2.hf import HFReader
 from infir2.stop_tokens import eos_tokens, stop_tokens
 
 
@@ -23,8 +25,12 @@ def generate(model_dir: Path, prompts: list[str], max_new_tokens: int, chat: boo
     from infir2 import cpu_kernels
 
     cpu_kernels.install_for_generation()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+    except Exception as error:  # of any kind, and of many lines
+        said = " ".join(str(error).split())[:500]
+        raise ValueError(f"transformers cannot load {model_dir}: {type(error).__name__}: {said}") from None
     if torch.cuda.is_available():
         model = model.cuda()
     # Text that is no chat ends with the document, and a pad token is never within one.
@@ -55,11 +61,10 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
     parser.add_argument("--chat", action="store_true", help="prompts are a user's messages, in the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=positive, default=64)
     args = parser.parse_args()
     try:
-        if not (args.model / "config.json").is_file():
-            raise ValueError(f"{args.model} is not a Hugging Face model folder: no config.json")
+        HFReader(args.model)  # refuses what is no model folder, by name
         answers = generate(args.model, args.prompt, args.max_new_tokens, args.chat)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -116,7 +116,7 @@ def build(request: dict, arguments: list[str], folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build the corpus or reuse it; prints its sources as JSON. Exit status 1 on any refusal."""
+    """Build the corpus or reuse it; prints its sources as JSON. Exit status 2 on any refusal."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(levelname)s: %(message)s")
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,10 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"output": str(args.output), "reused": reused, "sources": sources}, ensure_ascii=False))
     except metadata.PackageNotFoundError as error:
         log.error("%s is not installed: pip install -r requirements.txt", error.name)
-        return 1
+        return 2
     except (DataError, OSError) as error:
         log.error("%s", error)
-        return 1
+        return 2
     return 0
 
 

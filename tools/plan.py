@@ -31,6 +31,7 @@ from pathlib import Path
 
 from bench_step import FASTER, GRAPHS, KEEP_LESS, NATIVE, OURS, SHAPES
 
+from infir2.data.pretraining import positive
 from infir2.qwen2 import Shape
 from infir2.speed.linear_cross_entropy import CHUNK_ELEMENTS
 
@@ -274,7 +275,12 @@ def way_of(arm: dict) -> Way | None:
 
 def compare(plan: Plan, gpu: str, measured: Path) -> str:
     """The plan beside what was measured, arm by arm."""
-    arms = json.loads(measured.read_text(encoding="utf-8"))["arms"]
+    try:
+        arms = json.loads(measured.read_text(encoding="utf-8"))["arms"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{measured} is not what tools/bench_step.py writes: {type(error).__name__}: {error}"
+        ) from None
     rows = []
     for name, arm in arms.items():
         rounds, way = arm["rounds"], way_of(arm)
@@ -298,13 +304,13 @@ def main(words: list[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--shape", choices=sorted(SHAPES))
     which.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder")
-    add("--layers", type=int, help="this many of the shape's layers")
-    add("--seq-length", type=int, default=8192)
-    add("--micro-batch-size", type=int, default=1)
-    add("--micro-batches", type=int, default=4, help="of a step, one after another")
-    add("--tensor-parallel", type=int, default=1)
-    add("--context-parallel", type=int, default=1)
-    add("--data-parallel", type=int, default=1)
+    add("--layers", type=positive, help="this many of the shape's layers")
+    add("--seq-length", type=positive, default=8192)
+    add("--micro-batch-size", type=positive, default=1)
+    add("--micro-batches", type=positive, default=4, help="of a step, one after another")
+    add("--tensor-parallel", type=positive, default=1)
+    add("--context-parallel", type=positive, default=1)
+    add("--data-parallel", type=positive, default=1)
     add("--recompute", action="store_true", help="every block is computed again for its backward pass")
     add("--gpu", choices=sorted(GPUS), default="H200")
     add("--compare", type=Path, metavar="JSON", help="of tools/bench_step.py")

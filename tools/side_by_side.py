@@ -30,7 +30,7 @@ class Run:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as file:
             self.process = subprocess.Popen(
-                shlex.split(command), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                command_words(command), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
         self.bar = tqdm(desc=f"{label}: starting", unit="step", position=position, leave=False, disable=None)
 
@@ -62,6 +62,17 @@ class Run:
                     self.process.wait(timeout=10)
                 except subprocess.TimeoutExpired:
                     continue
+
+
+def command_words(command: str) -> list[str]:
+    """The words of a command line. ValueError where a shell could not read it, and for an empty one."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"the command {command!r} cannot be read: {error}") from None
+    if not words:
+        raise ValueError(f"the command {command!r} is empty")
+    return words
 
 
 class Quarters:
@@ -107,7 +118,10 @@ def main() -> None:
     runs: list[Run] = []
     try:
         for position, (label, log, command) in enumerate(wanted):
-            runs.append(Run(label, Path(log), command, position))
+            try:
+                runs.append(Run(label, Path(log), command, position))
+            except (OSError, ValueError) as error:
+                parser.exit(2, f"error: {label}: {error}; give --run LABEL LOG COMMAND\n")
         failed = follow(runs)
     finally:
         for run in runs:

@@ -86,8 +86,11 @@ take_launcher_flags() {
     while (($#)); do
         case $1 in
             --nnodes=* | --rdzv_endpoint=* | --rdzv-endpoint=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-            --nnodes) NNODES=$2 && shift 2 ;;
-            --rdzv_endpoint | --rdzv-endpoint) RDZV_ENDPOINT=$2 && shift 2 ;;
+            --nnodes | --rdzv_endpoint | --rdzv-endpoint)
+                (($# > 1)) || die "$1 needs a value"
+                if [[ $1 == --nnodes ]]; then NNODES=$2; else RDZV_ENDPOINT=$2; fi
+                shift 2
+                ;;
             *) FLAGS+=("$1") && shift ;;
         esac
     done

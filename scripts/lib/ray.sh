@@ -9,9 +9,15 @@ take_launcher_flags() {
             --actor-num-nodes=* | --actor-num-gpus-per-node=* | --wait-seconds=*)
                 set -- "${1%%=*}" "${1#*=}" "${@:2}"
                 ;;
-            --actor-num-nodes) NODES=$2 && shift 2 ;;
-            --actor-num-gpus-per-node) GPUS_PER_NODE=$2 && shift 2 ;;
-            --wait-seconds) LAUNCH_ARGS+=("$1" "$2") && shift 2 ;;
+            --actor-num-nodes | --actor-num-gpus-per-node | --wait-seconds)
+                (($# > 1)) || die "$1 needs a value"
+                case $1 in
+                    --actor-num-nodes) NODES=$2 ;;
+                    --actor-num-gpus-per-node) GPUS_PER_NODE=$2 ;;
+                    *) LAUNCH_ARGS+=("$1" "$2") ;;
+                esac
+                shift 2
+                ;;
             --all-ranks-log) LAUNCH_ARGS+=("$1") && shift ;;
             *) FLAGS+=("$1") && shift ;;
         esac

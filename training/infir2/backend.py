@@ -86,6 +86,9 @@ def _fuses_weight_gradients() -> bool:
 def install() -> str:
     """Prepare torch and Megatron for this machine, importing Megatron; returns `name()`. Safe to call twice."""
     kind = name()
+    if not any(word.partition("=")[0] == "--wandb-project" for word in sys.argv):
+        # Megatron imports it even so, which makes two temporary folders that a killed run would leave
+        sys.modules.setdefault("wandb", None)
     if kind == "cpu":
         _install_cpu()
     elif FUSED_WEIGHT_GRADIENT in sys.argv:

@@ -50,6 +50,7 @@ class Start:
 def check(args: Namespace, stage: "Stage", backend: str, scale_fmt: str) -> tuple[Start, dict[str, Any]]:
     """Check `args` on rank 0, before process groups exist: what the run starts from, and what `record` will record."""
     refuse_missing(args, f"{SHAPE} {STEPS}")
+    _check_counts(args)
     _check_schedule(args)
     shape = _check_model(args)
     if args.fp8 is not None:
@@ -72,6 +73,14 @@ def refuse_missing(args: Namespace, names: str) -> None:
     if missing := [name for name in names.split() if getattr(args, name) is None]:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ValueError(f"missing: {flags}; the scripts in scripts/ give all of them (DRY_RUN=1 prints a command)")
+
+
+def _check_counts(args: Namespace) -> None:
+    """What Megatron divides by, counts with, or asks for a positive seed, when the model is built or long after."""
+    for name, least in {"log_interval": 1, "eval_interval": 1, "eval_iters": 0, "seed": 1, "train_iters": 1}.items():
+        found = getattr(args, name, None)
+        if found is not None and found < least:
+            raise ValueError(f"--{name.replace('_', '-')} {found}; expected {least} or more")
 
 
 def _check_schedule(args: Namespace) -> None:
@@ -123,8 +132,13 @@ def _check_vocabulary(args: Namespace, folder: Path) -> None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer.get("added_tokens", ()))]
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer.get("added_tokens", ()))]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no tokenizer with a vocabulary ({type(error).__name__}: {error}); copy that of the model again"
+        ) from None
     if max(ids) >= args.padded_vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has ids up to {max(ids)}, the model's vocabulary only {args.padded_vocab_size} "
@@ -280,7 +294,17 @@ def choose_start(args: Namespace) -> Start:
 def _read_run(folder: Path | str | None) -> dict[str, Any]:
     """The run.json in a run's folder; empty where there is none."""
     path = Path(folder or "") / RUN_FILE
-    return json.loads(path.read_text()) if folder is not None and path.is_file() else {}
+    return _read_run_file(path) if folder is not None and path.is_file() else {}
+
+
+def _read_run_file(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}; restore it, or take another folder") from None
+    if not isinstance(run, dict):
+        raise ValueError(f"{path} holds a {type(run).__name__}, not an object; restore it, or take another folder")
+    return run
 
 
 def _run_of(iteration: Path) -> dict[str, Any]:
@@ -309,11 +333,14 @@ def _choose_start(args: Namespace) -> Start:
         args.load = _split_iteration(args, args.load)
         if args.ckpt_step or checkpoint.tracked(Path(args.load)) is not None:
             return _start_from_load(args, own)
+        if not _same(args.load, own):  # not the run's own folder, which its first launch finds empty
+            raise CheckpointError(
+                f"--load {args.load} holds no checkpoint: {checkpoint.TRACKER} is missing or empty; name a run's "
+                "folder, or the --save folder for a run that begins there"
+            )
     if args.pretrained_checkpoint is not None:
         args.pretrained_checkpoint = _split_iteration(args, args.pretrained_checkpoint)
         return Start(_iteration(Path(args.pretrained_checkpoint), args.ckpt_step), resumes=False)
-    if args.load is not None and not _same(args.load, own):
-        raise CheckpointError(f"--load {args.load} holds no checkpoint: {checkpoint.TRACKER} is missing or empty")
     if not args.from_scratch:
         raise ValueError(
             "nothing to start from: give --pretrained-checkpoint (tools/convert_hf_to_torch_dist.py makes one), or "
@@ -401,8 +428,9 @@ def _check_continued_rate(start: Start, run: dict[str, Any], identity: dict[str,
     ]
     if wrong:
         raise CheckpointError(
-            f"{start.folder} holds Adam's state of a run with other learning rates ({'; '.join(wrong)}); keep them, or "
-            f"start from its weights and masters: --pretrained-checkpoint {start.folder}"
+            f"{start.folder} holds Adam's state of a run with other learning rates ({'; '.join(wrong)}); keep "
+            f"them, or begin a run at iteration 0 from its weights and masters: --pretrained-checkpoint {start.folder} "
+            "and no --load of it"
         )
     if not run.keys() >= {"lr", "lr_decay_style", "train_iters"}:
         return
@@ -474,7 +502,7 @@ def _refuse_another_run(save: Path, identity: dict[str, Any]) -> None:
                 f"{save} holds checkpoints without a {RUN_FILE}: not this program's run; take another folder"
             )
         return
-    found = json.loads(path.read_text())
+    found = _read_run_file(path)
     wrong = [
         f"{name} was {found[name]}, is {value}"
         for name, value in _with_hashes(identity).items()
@@ -516,7 +544,7 @@ def record(save: Path, identity: dict[str, Any], arithmetic: dict[str, Any], sta
     """Write run.json: `identity`, `arithmetic` (what computes the results, which a later launch may change), and what
     a new run began from. Says what differs from the launch before. To be called when nothing refuses any more."""
     path = save / RUN_FILE
-    found = json.loads(path.read_text()) if path.is_file() else {"parent": _parent(start)}
+    found = _read_run_file(path) if path.is_file() else {"parent": _parent(start)}
     before = {**found.get("arithmetic", {}), **{name: found[name] for name in LENGTH if name in found}}
     now = {**arithmetic, **{name: identity[name] for name in LENGTH}}
     changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before.get(name, now[name]) != now[name]]

@@ -1,6 +1,7 @@
 """Continual pre-training: `python -m infir2.pretrain FLAGS`, with Megatron's own flags, on GPUs or on a CPU."""
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 from infir2 import engine, preflight
@@ -25,6 +26,8 @@ class Pretraining(engine.Stage):
     def data(self, args: Namespace) -> dict[str, Any]:
         paths = {name: getattr(args, name) for name in ("data_path", "train_data_path", "valid_data_path", "split")}
         manifests = preflight.check_corpora(args)
+        if args.data_cache_path is not None:
+            Path(args.data_cache_path).mkdir(parents=True, exist_ok=True)  # or the index cannot be written there
         return {"data": paths, "data_manifests": manifests, "data_index_iters": preflight.check_data_index(args)}
 
     def datasets(self, sample_counts: tuple[int, int, int], vp_stage: int | None) -> tuple:

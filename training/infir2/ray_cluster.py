@@ -8,6 +8,7 @@ Ray itself is not imported: that would take seconds before every run.
 """
 
 import argparse
+import http.client
 import importlib.metadata
 import importlib.util
 import json
@@ -89,7 +90,7 @@ def answers(address: str, environment: Mapping[str, str]) -> bool:
                 "the head's ~/.ray/auth_token here, or set RAY_AUTH_TOKEN. RAY_ADDRESS=local starts a Ray of our own"
             ) from None
         return False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
         return False
     ours = importlib.metadata.version("ray")
     if theirs != ours:

@@ -3,6 +3,7 @@
 A server is ready when it has completed a chat; it is gone when its `with` ends, and when we are killed.
 """
 
+import http.client
 import json
 import logging
 import os
@@ -24,6 +25,8 @@ from infir2.processes import GuardedProcess, last_lines, without_proxy
 from infir2.stop_tokens import FILES, GENERATION, stop_tokens
 
 HOST = "127.0.0.1"
+# Of a server that is not there, speaks no HTTP, or answers something else.
+NO_ANSWER = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError)
 PROBE_SECONDS = 60  # for one completion of a few tokens, once the server listens
 
 log = logging.getLogger("serving")
@@ -74,14 +77,14 @@ def check_model(model: Path, backend: str, temperature: float) -> None:
             raise DataError(f"{model} is {what}: it has no {name}. Export it with tools/convert_torch_dist_to_hf.py.")
     if not (model / "tokenizer.json").is_file() and not (model / "vocab.json").is_file():
         raise DataError(f"{model} is without a tokenizer: neither tokenizer.json nor vocab.json is there. Copy them.")
-    tokenizer = json.loads((model / "tokenizer_config.json").read_text("utf-8"))
+    tokenizer = _json_object(model / "tokenizer_config.json")
     if not tokenizer.get("chat_template") and not (model / "chat_template.jinja").is_file():
         raise DataError(
             f"{model} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), and "
             "questions are asked as a chat. Copy that of the model that it was trained from."
         )
     generation = model / GENERATION
-    samples = generation.is_file() and json.loads(generation.read_text("utf-8")).get("do_sample")
+    samples = generation.is_file() and _json_object(generation).get("do_sample")
     if backend == "cpu" and temperature > 0 and not samples:
         raise DataError(
             f"{generation} has no `do_sample: true`, without which `transformers serve` takes the likeliest token at "
@@ -93,6 +96,16 @@ def check_model(model: Path, backend: str, temperature: float) -> None:
         stop_tokens(model, files)
     except ValueError as error:
         raise DataError(str(error)) from None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}. Copy that of the model again.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}, not an object. Copy that of the model again.")
+    return content
 
 
 def turn_opening(model: Path) -> str:
@@ -166,13 +179,13 @@ def _free_port(wanted: int) -> int:
 def _completes(url: str, model: str, sampling: dict[str, Any]) -> bool:
     try:
         complete(url, model, sampling)
-    except (OSError, ValueError, LookupError, TypeError):
+    except NO_ANSWER:
         return False
     return True
 
 
 def complete(url: str, model: str, sampling: dict[str, Any], key: str = "EMPTY") -> str:
-    """The completion of a short chat. Raises OSError, ValueError, LookupError or TypeError if there is none."""
+    """The completion of a short chat. Raises one of NO_ANSWER if there is none."""
     chat = {"model": model, "messages": [{"role": "user", "content": "1 + 1 ="}], "max_tokens": 8, **sampling}
     answer = request(f"{url}/chat/completions", key, chat)
     return answer["choices"][0]["message"]["content"]
@@ -192,7 +205,7 @@ def check_running(url: str, model: str, sampling: dict[str, Any], key: str) -> N
         complete(url, model, sampling, key)
     except urllib.error.HTTPError as error:
         raise DataError(f"{url} does not complete a chat with {model}: {error}: {error.read(500)!r}") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except NO_ANSWER as error:
         raise DataError(f"no server completes a chat at API_URL={url}: {error}") from None
 
 
@@ -200,7 +213,7 @@ def only_model(url: str, key: str) -> str:
     """The name under which a server that somebody else runs serves its only model."""
     try:
         names = [entry["id"] for entry in request(f"{url}/models", key)["data"]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except NO_ANSWER as error:
         raise DataError(f"no server answers at API_URL={url}: {error}") from None
     if len(names) != 1:
         raise DataError(f"{url} serves {', '.join(names) or 'no model'}: set MODEL_PATH to the name of one.")

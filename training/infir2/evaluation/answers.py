@@ -31,7 +31,7 @@ FORMS = (
     Form(  # DAPO's prompts, simple-evals'
         "Answer: X",
         re.compile(r"\b(?:form|format|line|after|with|write|as|by)\b[^.]{0,60}?\bAnswer\s*:\s*\S", re.IGNORECASE),
-        re.compile(r"^[>#*_ \t-]*Answer[*_ \t]*:(.*)$", re.IGNORECASE | re.MULTILINE),
+        re.compile(r"^[>#*_ \t-]*(?:The[ \t]+)?(?:Final[ \t]+)?Answer[*_ \t]*:(.*)$", re.IGNORECASE | re.MULTILINE),
     ),
     Form(  # GSM8K's
         "#### X",

@@ -58,7 +58,8 @@ class Inputs:
         self.rewards = rewards.pool_from(args)
 
     def _prompts(self, args: Namespace, path: Path, limit: int | None) -> rollout.Prompts:
-        keys = {"input_key": args.input_key, "label_key": args.label_key}
+        needs_label = rewards.needs_label(rewards.name_from(args))
+        keys = {"input_key": args.input_key, "label_key": args.label_key, "needs_label": needs_label}
         return rollout.Prompts(path, self.tokenizer, **keys, longest=args.rollout_max_prompt_len, limit=limit)
 
 

@@ -190,18 +190,32 @@ UNIT_PART = re.compile(
 )
 SIGNS = re.compile(r"\\?[$%]|\u00b0|\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
 UNIT_AT_END = re.compile(rf"(?<=[\d}}])\s*(?:{UNIT_TEXT}|{UNIT}){POWER}\s*$")
-SYMBOLS = {"\u221e": r"\infty ", "\u03c0": r"\pi ", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u00f7": r"\div "}
-# Applied in this order, and again until nothing changes: normalising twice is then the same as once.
-SPELLINGS = [
+SYMBOLS = {
+    "\u221e": r"\infty ", "\u03c0": r"\pi ", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ",
+    "\u00f7": r"\div ", "\u00b1": r"\pm ", "\u2213": r"\mp ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ",
+    "\u2248": r"\approx ", "\u2208": r"\in ", "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2228": r"\vee ",
+    "\u2227": r"\wedge ", "\u2192": r"\to ", "\u2205": r"\emptyset ", "\u00b0": r"^{\circ}",
+}  # fmt: skip
+# Characters that LaTeX has a command for. Both readers of formulas know the command alone.
+CHARACTERS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"[\u2070\u00b9\u00b2\u00b3\u2074-\u207b]+", lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),
         (r"[\u2212\u2013]", "-"),
         (f"[{''.join(SYMBOLS)}]", lambda match: SYMBOLS[match[0]]),
-        (r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+", lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),
-        (r"[\u00bc-\u00be\u2150-\u215e\u2189]", lambda match: unicodedata.normalize("NFKC", f" {match[0]}")),
+        (r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e\u2189])", " "),  # one and a half, not eleven halves
+        (r"[\u00bc-\u00be\u2150-\u215e\u2189]", lambda match: unicodedata.normalize("NFKC", match[0])),
         (r"(\d+)\u2044(\d+)", r"\\frac{\1}{\2}"),
-        (r"\u221b", r"\\sqrt[3]"),
+        (r"([\u221a\u221b\u221c])\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))", r"\1{\2\3}"),
         (r"\u221a", r"\\sqrt"),
+        (r"\u221b", r"\\sqrt[3]"),
+        (r"\u221c", r"\\sqrt[4]"),
+    )
+]
+# Applied in this order, and again until nothing changes: normalising twice is then the same as once.
+SPELLINGS = CHARACTERS + [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
         (r"(?<![A-Za-z\\])sqrt(?![A-Za-z])", r"\\sqrt"),
         (r"\\sqrt(\[\d\])?\s*\(([^()]*)\)", r"\\sqrt\1{\2}"),
         (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])", ""),
@@ -220,6 +234,7 @@ SPELLINGS = [
         (r"(?<![A-Za-z0-9\\]) | (?![A-Za-z0-9])", ""),  # spaces that part neither words nor digits
         (r"^[A-Za-z](?:=|\\in(?![A-Za-z]))|^\+|[.,;:]$", ""),
         (r"^\{([^{}]*)\}$", r"\1"),
+        (r"^\(([A-Za-z])\)$", r"\1"),  # the letter of a choice
         (r"(?<![\d.])\.(?=\d)", "0."),
         (r"(?<![\d.,\s])0+(?=\d)", ""),  # but not those of 1,000
         (r"(?<![\d.])(\d+)\.0+(?![\d.])", r"\1"),
@@ -240,6 +255,13 @@ WORD = re.compile(r"[A-Za-z]{3}")
 # latex2sympy reads "1 2" as a product, "1e5" as 5e and the first number of "1.2.3".
 MISREAD = re.compile(r"\d \d|\d[eE][-+]?\d|\.\d*\.")
 HUGE_POWER = re.compile(r"\^\s*\{?\s*-?\d{5}|\^\s*\{[^{}]*\^|\^[^{}]\^")
+
+
+def in_latex(text: str) -> str:
+    """A formula with LaTeX's commands in place of the characters that have one."""
+    for pattern, replacement in CHARACTERS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def normalize(answer: str) -> str:
@@ -446,9 +468,13 @@ def stated_answer(text: str) -> str | None:
 
 def of_one_kind(label: str, answer: str) -> bool:
     """Whether an answer is one value where the label is: no equation, list or choice, and nothing in words. math-verify
-    looks for the label in them, and would find it in `999 = 34`. Units that are known must be the same."""
+    looks for the label in them, and would find it in `999 = 34`. Units that are known must be the same, and a set,
+    which has no order, is no tuple or interval."""
     (label, unit), (answer, other) = _normalized(label), _normalized(answer)
     if unit and other and unit != other:
+        return False
+    opened = {_elements(text)[0] for text in (label, answer)}
+    if "\\{" in opened and opened & {"(", "["}:
         return False
     for pattern in (SEVERAL, MISREAD):
         if pattern.search(answer) and not pattern.search(label):
@@ -466,7 +492,7 @@ def _math_verify() -> Reward:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def reward(sample: Sample) -> Score:
-        label = _label(sample)
+        label = in_latex(_label(sample))
         wrapped = label if label.startswith(("$", r"\(", r"\[", r"\boxed")) else f"${label}$"
         # The label comes first in `verify`: the comparison is not symmetric.
         gold = parse(wrapped, parsing_timeout=None)
@@ -482,7 +508,8 @@ def _math_verify() -> Reward:
             return Score(0.0, None, Why.NO_ANSWER)
         if len(answer) > LONGEST_PARSED or not of_one_kind(boxed_answer(label) or label, answer):
             return Score(0.0, answer, Why.WRONG)
-        found = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+        formula = in_latex(answer).rstrip(".")
+        found = parse(f"\\boxed{{{formula}}}", parsing_timeout=None)
         return _judged(bool(found) and verify(gold, found, timeout_seconds=None), answer)
 
     return reward
@@ -545,8 +572,9 @@ def _reasoning_gym(task: str) -> Reward:
             return Score(0.0, None, Why.NO_ANSWER)
         if task in EVALUATED and not EVALUATED[task].fullmatch(answer):
             return Score(0.0, answer, Why.WRONG, "characters that no answer of this task has")
-        label = None if sample.label is None else str(sample.label)
-        item = _Item(question=sample.prompt, answer=label)
+        item = _Item(question=sample.prompt)
+        if sample.label is not None:
+            item["answer"] = str(sample.label)
         if sample.metadata is not None:
             item["metadata"] = sample.metadata
         with item.complete():
@@ -575,10 +603,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rm-deadline", type=float, default=10.0, help="seconds for one sample")
 
 
+def name_from(arguments: argparse.Namespace) -> str:
+    """The reward's name: --custom-rm-path wins over --rm-type."""
+    return arguments.custom_rm_path or arguments.rm_type
+
+
+def needs_label(name: str) -> bool:
+    """Whether every prompt must have a label; others may make do with an item's metadata."""
+    return name in REWARDS
+
+
 def pool_from(arguments: argparse.Namespace) -> "RewardPool":
-    """The pool that the flags of `add_arguments` ask for. --custom-rm-path wins over --rm-type."""
-    name = arguments.custom_rm_path or arguments.rm_type
-    return RewardPool(name, processes=arguments.rm_workers, deadline=arguments.rm_deadline)
+    """The pool that the flags of `add_arguments` ask for."""
+    return RewardPool(name_from(arguments), processes=arguments.rm_workers, deadline=arguments.rm_deadline)
 
 
 def _known(name: str) -> str:

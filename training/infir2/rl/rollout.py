@@ -87,30 +87,42 @@ class Prompts:
     """Prompts with labels (`tools/prepare_data.py rl`), rendered by a model's chat template and tokenised.
 
     A record holds `input_key`, a string or a list of messages (or a conversation, `messages`), `label_key`, and, where
-    the reward needs more than a label, an object `metadata`. Refuses (DataError) a record without the first two, an
-    empty prompt, and prompts longer than `longest` tokens: data is cleaned before training, not during it.
-    `openings`: what of the model's turn the template wrote, for each prompt.
+    the reward needs more than a label, an object `metadata`; without `needs_label` that may stand alone. Refuses
+    (DataError) other records, an empty prompt, and prompts longer than `longest` tokens: data is cleaned before
+    training, not during it. `openings`: what of the model's turn the template wrote, for each prompt.
     """
 
     def __init__(
-        self, path: Path, tokenizer: ChatTokenizer, *, input_key: str, label_key: str, longest: int, limit: int | None
+        self,
+        path: Path,
+        tokenizer: ChatTokenizer,
+        *,
+        input_key: str,
+        label_key: str,
+        longest: int,
+        limit: int | None,
+        needs_label: bool = True,
     ) -> None:
         if not path.is_file():
-            raise DataError(f"{path} does not exist; give a .jsonl file that tools/prepare_data.py rl wrote")
-        self.path = path
-        with path.open(encoding="utf-8", newline="\n") as file:  # splitlines() also cuts at characters that JSON keeps
-            lines = list(itertools.islice(file, limit))
-        if not lines:
-            raise DataError(f"{path} holds no prompts")
-        self.labels: list[str] = []
+            found = "is a folder" if path.is_dir() else "does not exist"
+            raise DataError(f"{path} {found}; give a .jsonl file that tools/prepare_data.py rl wrote")
+        self.path, self.needs_label = path, needs_label
+        self.labels: list[str | None] = []
         self.messages: list[list[dict]] = []
         self.metadata: list[dict[str, Any] | None] = []
-        for number, line in enumerate(lines, 1):
-            messages, label, metadata = self._record(number, line, input_key, label_key)
-            self.messages.append(messages)
-            self.labels.append(label)
-            self.metadata.append(metadata)
-        renderings = [tokenizer.prompt_rendering(messages) for messages in self.messages]
+        renderings = []
+        with path.open("rb") as file:  # of text, splitlines() also cuts at characters that JSON keeps
+            for number, line in enumerate(itertools.islice(file, limit), 1):
+                try:
+                    messages, label, metadata = self._record(json.loads(line), input_key, label_key)
+                    renderings.append(tokenizer.prompt_rendering(messages))
+                except (ValueError, KeyError, TypeError, BadMessages) as error:
+                    raise DataError(f"{path}, line {number}: {type(error).__name__}: {error}") from None
+                self.messages.append(messages)
+                self.labels.append(label)
+                self.metadata.append(metadata)
+        if not renderings:
+            raise DataError(f"{path} holds no prompts")
         self.openings = [answers.turn_opening(rendering.text) for rendering in renderings]
         self.tokens = [encoded.tokens.tolist() for encoded in tokenizer.encode(renderings)]
         long = [number for number, tokens in enumerate(self.tokens, 1) if len(tokens) > longest]
@@ -121,19 +133,23 @@ class Prompts:
                 f"tools/prepare_data.py rl --max-prompt-length {longest} --over-long drop"
             )
 
-    def _record(self, number: int, line: str, input_key: str, label_key: str) -> tuple[list[dict], str, dict | None]:
-        try:
-            record = json.loads(line)
-            if input_key not in record and "messages" in record:  # a conversation: what stands before its answer
-                record[input_key] = list(itertools.takewhile(lambda m: m["role"] != "assistant", record["messages"]))
-            prompt = record[input_key]
-            messages = check_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-            metadata = record.get("metadata")
-            if not isinstance(metadata, dict | None):
-                raise TypeError(f"metadata is a {type(metadata).__name__}, not an object")
-            return messages, label_text(record[label_key]), metadata
-        except (ValueError, KeyError, TypeError, BadMessages) as error:
-            raise DataError(f"{self.path}, line {number}: {type(error).__name__}: {error}") from None
+    def _record(self, record: Any, input_key: str, label_key: str) -> tuple[list[dict], str | None, dict | None]:
+        if not isinstance(record, dict):
+            raise TypeError(f"a {type(record).__name__}, not an object")
+        if input_key not in record and "messages" in record:  # a conversation: what stands before its answer
+            record[input_key] = list(itertools.takewhile(lambda m: m["role"] != "assistant", record["messages"]))
+        for key, option in ((input_key, "--input-key"), (label_key, "--label-key")):
+            if key not in record and (key == input_key or self.needs_label):
+                raise ValueError(f"no {key!r} among {', '.join(map(repr, record)) or 'no fields'}; {option} names it")
+        prompt = record[input_key]
+        messages = check_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        metadata = record.get("metadata")
+        if not isinstance(metadata, dict | None):
+            raise TypeError(f"metadata is a {type(metadata).__name__}, not an object")
+        label = record.get(label_key)
+        if label is None and metadata is not None and not self.needs_label:
+            return messages, None, metadata
+        return messages, label_text(label), metadata
 
     def __len__(self) -> int:
         return len(self.tokens)
