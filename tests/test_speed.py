@@ -627,7 +627,8 @@ class FlashAttentionInFp64:
     @staticmethod
     def attend(q, k, v, scale):
         q, k, v = (one.transpose(1, 2) for one in (q, k, v))
-        return scaled_dot_product(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+        seen = torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool()  # fewer queries: the last ones
+        return scaled_dot_product(q, k, v, seen, scale=scale, enable_gqa=True).transpose(1, 2)
 
     @classmethod
     def _flash_attn_fwd(cls, *inputs, out, return_lse, softmax_scale, causal, **lengths):
@@ -717,21 +718,62 @@ def test_flash_attention(packed, scale, repeats, flash_attn, monkeypatch):
         assert error(one.detach(), other.detach()) < 2 * BF16_OUTPUT
 
 
+class Group(SimpleNamespace):
+    """A rank of a process group."""
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return self.at
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_flash_attention_across_ranks(ranks, flash_attn, monkeypatch):
+    """Rank by rank as Megatron divides a sequence, what the ranks hand each other by hand: output and gradients are
+    those of the whole sequence. Pins pieces in another order, a piece that sees too much, parts of gradients lost."""
+    inputs = [one.detach() for one in heads(8 * ranks, 2)]
+    gradient = torch.randn(8 * ranks, 2, 4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    pieces = [one.chunk(2 * ranks) for one in (*inputs, gradient)]
+    of_rank = [[torch.cat([one[r], one[2 * ranks - 1 - r]]) for one in pieces] for r in range(ranks)]
+    monkeypatch.setattr(
+        flash_attention, "_gather", lambda mine, group: torch.stack([torch.stack(r[1:3]) for r in of_rank])
+    )
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(flash_attention, "_exchange", lambda parts, group: sent.append(parts) or parts)
+    found = []
+    for rank, (*operands, of_output) in enumerate(of_rank):
+        operands = [one.requires_grad_() for one in operands]
+        output = flash_attention.causal_across_ranks(*operands, Group(ranks=ranks, at=rank))
+        found.append([output.detach(), *torch.autograd.grad(output, operands, of_output)[:1]])
+    for rank in range(ranks):  # what every rank has for this one
+        found[rank] += sum(parts[rank].double() for parts in sent)
+
+    whole = [one.requires_grad_() for one in inputs]
+    output = flash_attention.causal(*whole)
+    wanted = [output.detach(), *torch.autograd.grad(output, whole, gradient)]
+    for number, expected in enumerate(wanted):
+        halves = [one[number].chunk(2) for one in found]
+        together = torch.cat([*(front for front, _ in halves), *(back for _, back in reversed(halves))])
+        assert error(together, expected) < 2 * BF16_OUTPUT
+
+
 CAUSAL = SimpleNamespace(name="causal")
 ATTENTION_OF_OTHERS = {
     "window": {"window_size": (128, 0)},
     "sink": {"softmax_type": "learnable"},
     "dropout": {"attention_dropout": 0.1},
-    "context parallel": {"context_parallel_size": 2},
 }
 
 
-@pytest.mark.parametrize("what", [*ATTENTION_OF_OTHERS, "mask", "bias", "fp32", "dimension", "cache", "padded"])
+@pytest.mark.parametrize(
+    "what", [*ATTENTION_OF_OTHERS, "mask", "bias", "fp32", "dimension", "cache", "padded", "ranks"]
+)
 def test_flash_attention_leaves_the_rest(what):
     """To TransformerEngine, with all its arguments. Pins a window, a bias or dropout forgotten, and queries against a
     cache, whose mask would be another."""
     inputs, options = (
-        heads(11 if what == "padded" else 7, *([] if what == "padded" else [2])),
+        heads(11) if what in ("padded", "ranks") else heads(7, 2),
         {"packed_seq_params": None},
     )
     attention, mask = Attention(**ATTENTION_OF_OTHERS.get(what, {})), CAUSAL
@@ -747,6 +789,8 @@ def test_flash_attention_leaves_the_rest(what):
         inputs[0] = inputs[0][:1]
     elif what == "padded":
         options["packed_seq_params"] = packs(0, 11, cu_seqlens_q_padded=torch.tensor([0, 11]))
+    elif what == "ranks":
+        attention.config.context_parallel_size, options["packed_seq_params"] = 2, packs(0, 11)
     forward = flash_attention.in_place_of(lambda *args, **options: (args, options))
     assert forward(attention, *inputs, None, mask, **options) == ((attention, *inputs, None, mask), options)
 

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infir2 import backend, engine, files, precision
+from infir2 import backend, engine, files, one_rank, precision
 from infir2.data.pretraining import positive
 from infir2.indexed import DataError, IndexedReader, IndexedWriter
 from infir2.qwen2 import Shape, megatron_flags
@@ -173,6 +173,8 @@ class Clock:
 
 def work(arguments: argparse.Namespace, flags: list[str]) -> None:
     """Run the engine with `flags` and write what was measured to `arguments.worker`."""
+    if arguments.one_rank:
+        one_rank.install()  # Megatron keeps some of these functions when it is imported
     from infir2.pretrain import Pretraining
 
     clock = Clock(arguments.warm_up, arguments.timed, arguments.trace)
@@ -260,6 +262,8 @@ class Worker:
         command += ["--warm-up", str(arguments.warm_up), "--timed", str(arguments.timed)]
         if profiled:
             command += ["--trace", str(self.trace)]
+        if arguments.one_rank:
+            command += ["--one-rank"]
         command += ["--", *step_flags(arm, arguments)]
         port = str(20000 + os.getpid() % 20000)
         with self.log.open("w") as output:
@@ -272,7 +276,7 @@ class Worker:
                     stderr=subprocess.STDOUT,
                     text=True,
                 )
-                for rank in range(arguments.gpus)
+                for rank in range(1 if arguments.one_rank else arguments.gpus)
             ]
 
     def run(self, seconds: float) -> dict:
@@ -350,6 +354,8 @@ def step_flags(arm: Arm, arguments: argparse.Namespace) -> list[str]:
     words += ["--train-iters", str(steps), "--lr-wsd-decay-iters", "1", "--eval-iters", "0", "--eval-interval", "1000"]
     words += "--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0".split()
     words += ["--no-create-attention-mask-in-dataloader", "--log-interval", "1", "--log-throughput"]
+    if arguments.one_rank:
+        words += ["--fake-process-group"]
     words += ["--data-path", str(arguments.data), "--split", "100,0,0", "--data-cache-path", str(arguments.cache)]
     return words + _on_this_machine([*arm.flags, *arguments.flags], arguments.backend)
 
@@ -529,6 +535,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timed", type=positive, default=12, help="timed steps in each round")
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--gpus", type=positive, default=1, help="processes, one a GPU")
+    parser.add_argument("--one-rank", action="store_true", help="of the --gpus, on one GPU, without communication")
     parser.add_argument("--flags", type=shlex.split, default=[], help="further flags for every arm, in one word")
     parser.add_argument("--data", type=Path, help="prefix of a corpus (.bin, .idx); default: random tokens")
     parser.add_argument("--seconds", type=float, default=3600, help="begin no arm that would end after so many")
@@ -570,9 +577,9 @@ def run(arguments: argparse.Namespace) -> dict:
         report = _header(arguments)
         if arguments.data is None:
             samples = global_batch(arguments) * (arguments.warm_up + arguments.timed + 4)
-            arguments.data = random_corpus(
-                folder / "random", samples * arguments.seq_length, SHAPES[arguments.shape].vocab
-            )
+            # A rank alone has the first rows of a divided embedding, and nothing of the others.
+            words = SHAPES[arguments.shape].vocab // (arguments.gpus if arguments.one_rank else 1)
+            arguments.data = random_corpus(folder / "random", samples * arguments.seq_length, words)
         _write(report, arguments.output)
         measure(arms, arguments, folder, report)
     return report

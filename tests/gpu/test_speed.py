@@ -6,6 +6,7 @@ python -m pytest -o addopts= -s tests/gpu/test_speed.py
 import functools
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -567,6 +568,44 @@ def test_flash_attention(length, samples, heads, groups, dimension, boundaries, 
     }
     print(json.dumps({"packed": bool(boundaries), "dimension": dimension, "errors of output, dq, dk, dv": errors}))
     assert max(errors["flash"]) < max(1.25 * max(errors["cudnn"]), BF16_OUTPUT)
+
+
+@pytest.mark.parametrize("repeats", ["0", "1"])
+def test_flash_attention_across_ranks(repeats, monkeypatch):
+    """The pieces of a rank of four against the whole sequence, in this process; the time of each rank's attention
+    beside a quarter of the whole's. Pins fewer queries than keys taken for the first ones."""
+    pytest.importorskip("flash_attn.cute")
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", repeats)
+    ranks, length = 4, 32768
+    inputs, gradient, _, flash = attention(length, 1, 28, 4)
+    wanted = flash()
+    gradient = gradient.view(length, 1, 28, 128)
+    pieces = [one.detach().chunk(2 * ranks) for one in (*inputs, gradient)]
+    of_rank = [[torch.cat([one[r], one[2 * ranks - 1 - r]]) for one in pieces] for r in range(ranks)]
+    gathered = torch.stack([torch.stack(one[1:3]) for one in of_rank])
+    sent, found, times = [], [], []
+    monkeypatch.setattr(flash_attention, "_gather", lambda mine, group: gathered)
+    monkeypatch.setattr(flash_attention, "_exchange", lambda parts, group: sent.append(parts) or parts)
+    for rank, (*operands, of_output) in enumerate(of_rank):
+        group = SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
+        operands = [one.requires_grad_() for one in operands]
+
+        def call(operands=operands, of_output=of_output, group=group):
+            output = flash_attention.causal_across_ranks(*operands, group)
+            return output.detach(), torch.autograd.grad(output, operands, of_output)[0]
+
+        found.append([*call(), sent[-1]])
+        times.append(milliseconds(call))
+        sent.clear()
+    total = [sum(one[2][rank].float() for one in found) for rank in range(ranks)]
+    found = [[output, dq, *of_keys] for (output, dq, _), of_keys in zip(found, total, strict=True)]
+    errors = []
+    for number, expected in enumerate(wanted):
+        halves = [one[number].chunk(2) for one in found]
+        together = torch.cat([*(front for front, _ in halves), *(back for _, back in reversed(halves))])
+        errors.append(error(together.view_as(expected), expected))
+    print(json.dumps({"repeats": repeats == "0", "errors": errors, "ms": times, "a quarter": milliseconds(flash) / 4}))
+    assert max(errors) < BF16_OUTPUT
 
 
 def test_time_of_flash_attention(monkeypatch):
