@@ -527,5 +527,5 @@ def test_package_corpus(tmp_path, monkeypatch, capsys):
     assert packages.main(["--output", str(output)]) == 0
     assert json.loads(capsys.readouterr().out)["reused"]
     monkeypatch.setattr(packages, "SOURCES", [packages.code_of("not-installed", "BSD")])
-    assert packages.main(["--output", str(tmp_path / "none")]) == 1
+    assert packages.main(["--output", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "none").exists()

@@ -281,7 +281,7 @@ def test_missing_flags():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--prompt-data", "{folder}/unlabelled.jsonl"], r"unlabelled.jsonl, line 2: KeyError: 'label'"),
+        (["--prompt-data", "{folder}/unlabelled.jsonl"], r"unlabelled.jsonl, line 2: BadMessages: no label"),
         (["--eval-prompt-data", "valid", "{folder}/absent.jsonl"], r"absent.jsonl does not exist; give a .jsonl file"),
         (["--rollout-max-prompt-len", "2"], r"20 prompts of .*train.jsonl are longer than 2 tokens"),
         (["--custom-rm-path", "reward.absent"], r"reward.absent"),
@@ -330,6 +330,7 @@ def test_resumed_longer_or_from_another_path(folder, tmp_path):
 
     Pins: both refused as another run; a model whose prompts need --apply-chat-template-kwargs, which nobody took."""
     prompts, run = tmp_path / "prompts.jsonl", tmp_path / "run"
+    other = ["--save", str(tmp_path / "other"), "--load", str(tmp_path / "other")]
     prompts.write_bytes((folder / "train.jsonl").read_bytes())
     cases = [
         ([], ""),
@@ -337,7 +338,7 @@ def test_resumed_longer_or_from_another_path(folder, tmp_path):
         (["--num-rollout", "12"], ""),
         (["--num-rollout", "10"], r"belongs to another run \(train_iters was 12, is 10"),
         (["--apply-chat-template-kwargs", '{"enable_thinking": false}'], "belongs to another run .*enable_thinking"),
-        (["--apply-chat-template-kwargs", '{"enable_thinking": false}', "--save", str(tmp_path / "other")], ""),
+        (["--apply-chat-template-kwargs", '{"enable_thinking": false}', *other], ""),
     ]
     for more, message in cases:
         found = with_megatron("rl_probe", "refusal", flags(folder, run, "--num-rollout", "8", *more))

@@ -22,12 +22,12 @@ class _Done:
 
 
 def _all_gather(output: Tensor, mine: Tensor, group=None, async_op=False):
-    output.view(-1, mine.numel()).copy_(mine.reshape(1, -1))
+    output.view(-1, mine.numel()).copy_(mine.reshape(1, -1).clone())  # `mine` may be a part of `output`
     return _Done() if async_op else None
 
 
 def _reduce_scatter(output: Tensor, parts: Tensor, op=None, group=None, async_op=False):
-    output.copy_(parts.reshape(-1)[: output.numel()].view_as(output))
+    output.copy_(parts.reshape(-1)[: output.numel()].view_as(output).clone())  # as above
     return _Done() if async_op else None
 
 
