@@ -200,8 +200,9 @@ plan() {
     echo tuned_to_hf accuracy
     if [[ $MODEL == tiny ]]; then echo early_evaluation; fi
     if ((${#REINFORCED[@]})); then echo rl_stage1 rl_stage2; fi
-    echo to_hf to_fp8 answers
+    echo to_hf to_fp8
     if ((${#REINFORCED[@]})); then echo rl_accuracy; fi
+    echo answers
     if [[ $MODEL == tiny ]]; then echo evaluation; fi
 }
 
@@ -242,6 +243,12 @@ evaluation() {
     evaluate --model "FP8=$HF_FP8" "${models[@]}" && touch "$QUICKSTART/evaluated"
 }
 
+# final_answers: what runs beside the last cast and evaluation.
+final_answers() {
+    stage rl_accuracy "$QUICKSTART/rl_accuracy.json" count_answers rl_accuracy "$TUNED ${REINFORCED[*]}" "rl1 rl2" 160
+    stage answers "$QUICKSTART/answers.json" answer
+}
+
 # second_core: what runs beside reinforcement learning, which takes one.
 second_core() {
     stage accuracy "$QUICKSTART/accuracy.json" accuracy
@@ -259,6 +266,7 @@ run() {
     log "the page, from now on: $QUICKSTART/report.html"
     share_ray
     # Each of these takes one core: two at a time.
+    if [[ $MODEL == tiny ]]; then beside set_up_evalscope 2>"$QUICKSTART/evalscope.log"; fi # a lock: `evaluate` waits
     beside stage conversations "$CONVERSATIONS" "$PYTHON" tools/quickstart_conversations.py --output "$CONVERSATIONS" \
         --questions "$QUESTIONS"
     stage corpus "$QUICKSTART/corpus" "$PYTHON" tools/quickstart_corpus.py --output "$QUICKSTART/corpus"
@@ -289,11 +297,11 @@ run() {
     join
     stage to_hf "$HF" last_to_hf
     if ((${#REINFORCED[@]})); then
-        beside stage rl_accuracy "$QUICKSTART/rl_accuracy.json" \
-            count_answers rl_accuracy "$TUNED ${REINFORCED[*]}" "rl1 rl2" 160
+        beside final_answers
+    else
+        stage answers "$QUICKSTART/answers.json" answer
     fi
     stage to_fp8 "$HF_FP8" to_fp8 "$HF" "$HF_FP8"
-    stage answers "$QUICKSTART/answers.json" answer
     if [[ $MODEL == tiny ]]; then stage evaluation "$QUICKSTART/evaluated" evaluation; fi
     join
     kill -- "-${BESIDE[0]}" # the page under way makes room for the finished one

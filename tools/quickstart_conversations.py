@@ -39,13 +39,13 @@ from infir2.files import json_lines
 from infir2.indexed import DataError
 from infir2.receipts import building, reusable, tool_facts, write_manifest
 
-VERSION = 11  # raise it when the same request would give other bytes
+VERSION = 12  # raise it when the same request would give other bytes
 NUMBERS = range(10, 100)
 DIGITS = 3  # of every number in an answer's working: four numbers make 396 at most
 # By set, and by how many numbers a problem has: problems to train on. Held out are those of `HELD_OUT`.
 TRAIN = {
-    "stage1": {2: 2816, 3: 64},
-    "stage2": {2: 840, 3: 5460, 4: 7140},
+    "stage1": {2: 2336, 3: 64},
+    "stage2": {2: 720, 3: 4680, 4: 6120},
     "rl1": {3: 512, 4: 1536},
     "rl2": {4: 2048},
 }

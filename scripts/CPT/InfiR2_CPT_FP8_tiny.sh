@@ -11,13 +11,13 @@ require HF_CHECKPOINT "Hugging Face folder of the tiny base model: shape and tok
 use_model tiny "$HF_CHECKPOINT"
 use_precision "${PRECISION:-fp8}"
 
-# One step is 16 sequences of 128 tokens = 2,048 tokens; 320 steps = 0.66 M tokens, a fifth of an epoch.
+# One step is 16 sequences of 128 tokens = 2,048 tokens; 280 steps = 0.57 M tokens, a sixth of an epoch.
 SEQ_LENGTH=128 GLOBAL_BATCH=16 MICRO_BATCH=16
 NPROC=1 TP=1 PP=1 CP=1
-WARMUP_ITERS=20 TRAIN_ITERS=320 DECAY_ITERS=110
+WARMUP_ITERS=20 TRAIN_ITERS=280 DECAY_ITERS=100
 LR=1.5e-3 MIN_LR=1.5e-4
 SEED=${SEED:-1236}
-SAVE_INTERVAL=160 EVAL_INTERVAL=80 EVAL_ITERS=26 # 26 x 16 sequences: nearly all that is held out
+SAVE_INTERVAL=140 EVAL_INTERVAL=140 EVAL_ITERS=26 # 26 x 16 sequences: nearly all that is held out
 
 require REF_LOAD "torch_dist folder of the tiny base model"
 start_from_base "$REF_LOAD"

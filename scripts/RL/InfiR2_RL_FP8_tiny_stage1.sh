@@ -11,13 +11,13 @@ use_model tiny "$HF_CHECKPOINT"
 use_precision "${PRECISION:-fp8}"
 
 # One step is 16 prompts x 8 samples = 128 responses, of 32 prompts' that are asked at a time.
-STEPS=${STEPS:-8} PROMPTS=16 SAMPLES=8 OVER_SAMPLING=32 REWARD=deepscaler-no-think
+STEPS=${STEPS:-7} PROMPTS=16 SAMPLES=8 OVER_SAMPLING=32 REWARD=deepscaler-no-think
 PROMPT_LENGTH=48 RESPONSE_LENGTH=144 TEMPERATURE=1.0
 SEQ_LENGTH=256 MAX_TOKENS_PER_GPU=4096 RECOMPUTE=none
 NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-1} TP=1 PP=1 CP=1 ENGINE_GPUS=1
 LR=5e-5
 SEED=${SEED:-1236}
-SAVE_INTERVAL=8 EVAL_INTERVAL=8 EVAL_NAME=valid
+SAVE_INTERVAL=7 EVAL_INTERVAL=7 EVAL_NAME=valid
 
 require REF_LOAD "checkpoints of the tiny SFT stage 2"
 start_from_base "$REF_LOAD"

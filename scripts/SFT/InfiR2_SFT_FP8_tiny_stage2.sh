@@ -11,13 +11,13 @@ require HF_CHECKPOINT "Hugging Face folder of the tiny base model: shape and tok
 use_model tiny "$HF_CHECKPOINT"
 use_precision "${PRECISION:-fp8}"
 
-# One step is 32 problems; 13,440 of them = 420 steps, one epoch.
+# One step is 32 problems; 11,520 of them = 360 steps, one epoch.
 EPOCHS=1 GLOBAL_BATCH=32
 SEQ_LENGTH=256 MAX_TOKENS_PER_GPU=4096 RECOMPUTE=none
 NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-1} TP=1 PP=1 CP=1
-LR=1e-3 MIN_LR=1e-4
+LR=1.5e-3 MIN_LR=1.5e-4
 SEED=${SEED:-1236}
-SAVE_INTERVAL=210 EVAL_INTERVAL=210 EVAL_EXACT_MATCH=128
+SAVE_INTERVAL=180 EVAL_INTERVAL=180 EVAL_EXACT_MATCH=128
 
 require REF_LOAD "checkpoints of the tiny stage 1"
 start_from_base "$REF_LOAD"

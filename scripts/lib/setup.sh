@@ -53,7 +53,7 @@ install() {
     local file
     local -a isolation installer=("$VENV/bin/python" -m pip install --disable-pip-version-check)
     if "${installer[@]}" --quiet uv >/dev/null 2>&1; then
-        installer=("$VENV/bin/uv" pip install --compile-bytecode --python "$VENV/bin/python")
+        installer=("$VENV/bin/uv" pip install --python "$VENV/bin/python")
     fi
     for file in "$@"; do
         isolation=()
