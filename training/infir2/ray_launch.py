@@ -45,7 +45,7 @@ from infir2.ray_cluster import Refusal, forwarded, listens
 
 log = logging.getLogger("ray_launch")
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 1.0  # each look costs the worker and us milliseconds of CPU, on which a small model trains
 SETTLE_SECONDS = 0.5  # after a failure is seen: long enough to learn of an earlier one, whose consequence it may be
 CONNECT_SECONDS = 60  # a cluster that is there answers within a few; Ray itself would wait for ten minutes
 START_SECONDS = 300  # for actors to come up on busy nodes with slow file systems
